@@ -1,0 +1,76 @@
+"""What every script shares: one-line user errors, and files that are never half written."""
+import argparse
+import difflib
+import functools
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
+
+import torch
+
+
+class UserError(ValueError):
+    """Wrong input from the user: one line that names the file, line or option at fault."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The end of an error line: the known word most like this one, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def exit_on_user_error(main: Callable) -> Callable:
+    """Decorator for a script's main(): a UserError ends it with one line on stderr, status 2."""
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            sys.exit(2)
+    return wrapper
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its usage block: a wrong flag is a UserError, with the nearest known one."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(f"{unknown[0]}: unknown flag"
+                            + nearest(unknown[0], self._option_string_actions))
+        return known
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; a clean exit flushes and renames it into place.
+
+    A crash, a full disk or an exception inside the block leaves an earlier `path` as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

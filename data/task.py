@@ -1,0 +1,149 @@
+"""What a task is: examples of prompt and target, how they become tokens, and how a model is
+scored on them by likelihood. Each task family has its own file beside this one.
+"""
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from common import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One item: the model reads `prompt` and should write `target`."""
+    prompt: str
+    target: str
+    choices: tuple[str, ...] = ()       # the answers to choose from, where the task has them
+    references: tuple[str, ...] = ()    # all acceptable texts, where there are several
+    group: str = ""                     # the part of the task that it is scored under
+
+
+class Sequence(NamedTuple):
+    """A tokenized example: the loss counts tokens[start:]."""
+    tokens: list[int]
+    start: int
+    cut: bool = False       # it lost the start of its prompt to the length limit
+
+
+@dataclass
+class Task:
+    """Three splits and how to score them.
+
+    score(model, tokenizer, examples, batch_size) -> metric -> value. `train` is learnt from,
+    `valid` may steer choices (learning rates, steps), `test` is scored once before and once after.
+    """
+    name: str
+    train: list
+    valid: list
+    test: list
+    score: Callable
+    loss_on: str = "answer"                         # or "all": the loss counts the prompt too
+    defaults: dict = field(default_factory=dict)    # flag -> value where the user gives none
+    notes: dict = field(default_factory=dict)       # what result.json says of the data
+
+
+def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str = "answer",
+           eos: bool = True) -> Sequence:
+    """bos, prompt, target, eos (each special token where the tokenizer has one).
+
+    Prompt and target are tokenized as one text, since tokens can straddle their border; the
+    target starts at the first token that the prompt alone does not have. What is longer than
+    max_length loses the start of its prompt, never its end and nothing of the target. Plain text
+    comes as a Sequence already and passes unchanged.
+    UserError: a target that does not fit in max_length by itself.
+    """
+    if isinstance(example, Sequence):
+        return example
+    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    tail = [tokenizer.eos] if eos and tokenizer.eos is not None else []
+    prompt = tokenizer.encode(example.prompt)
+    whole = tokenizer.encode(example.prompt + example.target)
+    start = 0
+    while start < min(len(prompt), len(whole)) and prompt[start] == whole[start]:
+        start += 1
+    room = max_length - len(head) - len(tail)
+    if len(whole) - start > room:
+        raise UserError(f"a target of {len(whole) - start} tokens does not fit in --max-length "
+                        f"{max_length}: {example.target[:60]!r}")
+    lost = max(0, len(whole) - room)
+    tokens = head + whole[lost:] + tail
+    start = 1 if loss_on == "all" else max(1, len(head) + start - lost)
+    return Sequence(tokens, start, cut=lost > 0)
+
+
+def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
+    """-> tokens (B, T), padded on the right (which causal attention never sees), and
+    is_target (B, T) bool, True where the token counts."""
+    T = max(len(s.tokens) for s in sequences)
+    tokens = torch.zeros(len(sequences), T, dtype=torch.long)
+    is_target = torch.zeros(len(sequences), T, dtype=torch.bool)
+    for i, (ids, start, _) in enumerate(sequences):
+        tokens[i, :len(ids)] = torch.tensor(ids)
+        is_target[i, start:len(ids)] = True
+    return tokens.to(device), is_target.to(device)
+
+
+def target_logits(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """-> float32 logits (N, vocab) of the N target tokens, from what stands before each, and the
+    tokens themselves (N,). Only these positions pass the output head."""
+    keep = is_target[:, 1:]
+    hidden = model.hidden(tokens[:, :-1])                               # (B, T - 1, C)
+    return model.logits(hidden[keep]).float(), tokens[:, 1:][keep]
+
+
+def target_loss(model, tokens: Tensor, is_target: Tensor) -> Tensor:
+    """Sum over the target tokens of -log p(token | all before it), in nats."""
+    logits, gold = target_logits(model, tokens, is_target)
+    return F.cross_entropy(logits, gold, reduction="sum")
+
+
+class Score(NamedTuple):
+    loss: float         # sum of -log p over the target tokens, in nats
+    tokens: int         # number of target tokens
+    right: bool         # greedy decoding would write exactly the target
+
+
+def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Score]:
+    """Scores every sequence, in order. Batches hold sequences of similar length."""
+    scores: list = [None] * len(sequences)
+    device, was_training = model.embed.weight.device, model.training
+    model.eval()
+    with torch.inference_mode():
+        for indices in by_length(sequences, batch_size):
+            tokens, is_target = collate([sequences[i] for i in indices], device)
+            logits, gold = target_logits(model, tokens, is_target)
+            loss = F.cross_entropy(logits, gold, reduction="none")
+            right = logits.argmax(-1) == gold
+            counts = is_target[:, 1:].sum(1).tolist()
+            for i, l, r in zip(indices, loss.split(counts), right.split(counts)):
+                scores[i] = Score(l.double().sum().item(), len(l), bool(r.all()))
+    model.train(was_training)
+    return scores
+
+
+def by_length(sequences: list[Sequence], batch_size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
+    starts = range(0, len(order), batch_size)
+    for i in tqdm(starts, desc="scoring", leave=False, disable=len(starts) < 20):
+        yield order[i:i + batch_size]
+
+
+def recall(model, tokenizer, examples: list[Example], batch_size: int) -> dict[str, float]:
+    """Group -> share of examples whose target greedy decoding writes exactly, in [0, 1]."""
+    longest = model.config.max_positions
+    sequences = [encode(e, tokenizer, longest, eos=False) for e in examples]
+    groups = defaultdict(list)
+    for example, score in zip(examples, score_targets(model, sequences, batch_size)):
+        groups[example.group].append(score.right)
+    return {name: sum(rights) / len(rights) for name, rights in groups.items()}
+
+
+def split_file(items: list) -> tuple[list, list, list]:
+    """train, valid, test: the last two tenths of a file are held out, at least one item each."""
+    held = max(1, len(items) // 10)
+    return items[:-2 * held], items[-2 * held:-held], items[-held:]

@@ -1,0 +1,198 @@
+"""Dual LoRA: magnitude and direction as two low-rank updates (2025), arXiv:2512.03402.
+
+    W' = W0 + alpha/sqrt(r1 r2) * ReLU(B A) (.) Sign(D C)                         (section 3)
+
+A (r1, in), B (out, r1): how far each weight moves. C (r2, in), D (out, r2): which way. (.) is
+element by element; Sign(x) = +1 if x > 0, else -1. The idea: fine-tuning moves every weight by a
+size and a sign; one thin product for each gives an update of nearly full rank.
+The start (section 3.3): a zero matrix behind ReLU gets no gradient, ever, so all four are Gaussian
+and a factor `warmup` is 0 in the first step, which sees exactly the pretrained model.
+"""
+import math
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from common import UserError
+from lora import AdapterLinear, check_whole, full_precision
+
+
+def warmup_after(step: int, total_steps: int, update_warmup: int) -> float:
+    """The share of the update in use after optimizer step `step` (0 for the first): 0 to 1.
+
+    A straight line over update_warmup steps, or over a quarter of a run too short for that.
+    """
+    length = min(update_warmup, max(1, total_steps // 4))
+    return min(1.0, (step + 1) / max(1, length))
+
+
+def sign_(x):
+    """In place: +1 where x > 0, else -1; so Sign(0) = -1."""
+    return x.gt_(0).mul_(2).sub_(1)
+
+
+class Sign(torch.autograd.Function):
+    """Sign with the straight-through gradient dL/dx = clip(dL/dSign, -1, 1): its own is 0."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return sign_(x.clone())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-1, 1)
+
+
+def blocks(A, B, C, D, spare=0):
+    """Walks down the rows of W': yields (rows, M, U, and `spare` buffers), each (n, in).
+
+    M = ReLU(B A), U = M (.) Sign(D C). The next block gets the same memory again: fresh memory
+    costs more than the arithmetic. Large blocks suit the matrix products, small ones the cache.
+    """
+    size = min(max(256, len(B) // 2), 1024, len(B))
+    buffers = [A.new_empty(size, A.shape[1]) for _ in range(2 + spare)]
+    for i in range(0, len(B), size):
+        rows = slice(i, i + size)
+        M, U, *rest = (buffer[:len(B) - i] for buffer in buffers)
+        torch.mm(B[rows], A, out=M).relu_()
+        sign_(torch.mm(D[rows], C, out=U)).mul_(M)
+        yield rows, M, U, *rest
+
+
+def add_product(total, a, b, first):
+    """total = a @ b if first, else total + a @ b, summed in total's dtype."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=0 if first else 1)   # beta=0 ignores what total held
+    elif first:
+        total.copy_(a @ b)
+    else:
+        total += a @ b
+
+
+class DualProduct(torch.autograd.Function):
+    """x W'^T + bias: (tokens, in) -> (tokens, out), without ever holding an out x in update.
+
+    Plain autograd through delta_weight() keeps about five such matrices for backward. Keeping
+    only its inputs, and building W' again block by block, this is also faster.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W0, bias, A, B, C, D, scale):
+        ctx.save_for_backward(x, W0, A, B, C, D)
+        ctx.scale = scale
+        if scale == 0:   # blocks might round differently: this is the pretrained layer to the bit
+            return F.linear(x, W0.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = x.new_empty(len(x), len(B))
+        for rows, M, U in blocks(A, B, C, D):
+            W = torch.add(W0[rows], U, alpha=scale, out=M).to(x.dtype)
+            torch.mm(x, W.t(), out=y[:, rows])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, W0, A, B, C, D = ctx.saved_tensors
+        scale = ctx.scale
+        limit = 1 / scale if scale else math.inf
+        dx = torch.empty_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
+        dA, dB, dC, dD = (torch.zeros_like(p) for p in (A, B, C, D))
+        for rows, M, U, buffer in blocks(A, B, C, D, spare=1):
+            g = grad[:, rows]                                             # (tokens, n)
+            if dx is not None:
+                W = torch.add(W0[rows], U, alpha=scale, out=buffer).to(x.dtype)
+                add_product(dx, g, W, first=rows.start == 0)
+            G = buffer                                                    # dL/dW', (n, in)
+            add_product(G, g.t(), x, first=True)
+            # `scale` waits for the thin results: clip(scale v, -1, 1) = scale clip(v, -+1/scale).
+            dDC = M.mul_(G).clamp_(-limit, limit)                         # through Sign
+            dBA = G.mul_(U.sign_())    # through ReLU: U's sign is Sign(D C), or 0 where it is off
+            dC.addmm_(D[rows].t(), dDC)
+            dA.addmm_(B[rows].t(), dBA)
+            dD[rows] = (C @ dDC.t()).t()     # three times faster than dDC @ C.t()
+            dB[rows] = (A @ dBA.t()).t()
+        dx = dx if dx is None else dx.to(x.dtype)
+        return dx, None, None, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None
+
+
+_cold = weakref.WeakKeyDictionary()   # layers used at warmup 0 -> whether an optimizer moved them
+
+
+@register_optimizer_step_post_hook
+def _refuse_a_second_cold_step(optimizer, args, kwargs):
+    """At warmup 0 every gradient is 0, so a loop that never calls on_step would train nothing."""
+    for layer, stepped in list(_cold.items()):
+        groups = optimizer.param_groups
+        if layer.warmup == 0 and any(p is layer.A for group in groups for p in group["params"]):
+            if stepped:
+                raise UserError("Dual LoRA trained two steps with its warm-up at 0: call on_step "
+                                "after every optimizer.step(), or inject with update_warmup=0")
+            _cold[layer] = True
+
+
+class DualLoRALinear(AdapterLinear):
+    """W' = W0 + warmup * scale * ReLU(B A) (.) Sign(D C), scale = alpha/sqrt(r1 r2).
+
+    x (..., in) -> (..., out). r1 + r2 = rank numbers per row and column, as many as LoRA has.
+    Dropout, which the paper leaves open, acts on the update alone: W0 x + dW dropout(x), the form
+    LoRA has too; it costs a second product with x. The clip in Sign's gradient is not linear:
+    where it binds, a loss scaled for fp16, or split in micro-batches, gives other gradients.
+    rank below 2, r1, r2, update_warmup or init_std out of range: UserError.
+    """
+    fast = ("B", "D")
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+                 r1: int | None = None, r2: int | None = None,
+                 update_warmup: int = 20, init_std: float = 0.06):
+        super().__init__(base, rank, alpha, dropout)
+        largest = min(base.in_features, base.out_features)
+        check_whole("rank, shared by magnitude and direction,", rank, 2, largest)
+        r1 = r1 if r1 is not None else rank // 2 if r2 is None else rank - r2
+        r2 = r2 if r2 is not None else rank - r1
+        check_whole("r1", r1, 1, largest)
+        check_whole("r2", r2, 1, largest)
+        check_whole("update_warmup", update_warmup, 0)
+        if not 0 < init_std < math.inf:
+            raise UserError(f"init_std must be above 0, not {init_std}")
+        self.scale = alpha / math.sqrt(r1 * r2)
+        self.update_warmup = update_warmup
+        self.A = nn.Parameter(self.empty(r1, base.in_features))
+        self.B = nn.Parameter(self.empty(base.out_features, r1))
+        self.C = nn.Parameter(self.empty(r2, base.in_features))
+        self.D = nn.Parameter(self.empty(base.out_features, r2))
+        for matrix in (self.A, self.B, self.C, self.D):
+            nn.init.normal_(matrix, std=init_std)
+        self.register_buffer("warmup", self.empty().fill_(float(update_warmup == 0)))
+
+    def delta_weight(self):
+        magnitude = torch.relu(self.B @ self.A)      # (out, in)
+        direction = Sign.apply(self.D @ self.C)      # (out, in)
+        return self.warmup * self.scale * magnitude * direction
+
+    def forward(self, x):
+        W0, bias = self.base.weight, self.base.bias
+        if self.training and self.dropout.p > 0:
+            zero = W0.new_zeros(()).expand_as(W0)
+            return self.base(x) + self.product(self.dropout(x), zero, None)
+        return self.product(x, W0, bias)
+
+    @torch.compiler.disable   # the blocks write in place, which torch.compile would have to undo
+    def product(self, x, W0, bias):
+        """x (W0 + delta_weight())^T + bias: (..., in) -> (..., out)."""
+        warmup, device = float(self.warmup), x.device.type
+        if warmup == 0:
+            _cold.setdefault(self, False)
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        with full_precision(x):   # each block of W' is cast down once, when it is complete
+            y = DualProduct.apply(x.reshape(-1, x.shape[-1]), W0, bias, self.A, self.B,
+                                  self.C, self.D, warmup * self.scale)
+        return y.reshape(*x.shape[:-1], len(self.B))
+
+    @classmethod
+    def on_step(cls, layers, step: int, total_steps: int) -> None:
+        for layer in layers:
+            layer.warmup.fill_(warmup_after(step, total_steps, layer.update_warmup))
+            _cold.pop(layer, None)

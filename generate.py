@@ -1,0 +1,179 @@
+"""Writing new tokens with a Transformer: greedy, sampling, beam search, over a batch of prompts.
+
+Prompts of different lengths are padded on the left, with a mask and with positions that count
+real tokens only; without both, a score changes with the batch size (LLM-Adapters issue 61).
+Keys and values are cached, so each new token costs one pass over one position.
+"""
+import torch
+from torch import Tensor
+
+from common import UserError
+
+
+def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 1,
+             temperature: float = 0.0, top_p: float = 1.0, length_penalty: float = 1.0,
+             no_repeat_ngram: int = 0, eos: int | list[int] | None = None,
+             seed: int | None = None) -> list[list[int]]:
+    """The new tokens of each prompt, cut before eos (of several beams, the best one).
+
+    temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature) over
+    the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019), by a
+    generator that `seed` starts. beams > 1 ignores chance: candidates are compared by
+    sum of log-probabilities / length^length_penalty, as transformers does. no_repeat_ngram = n
+    forbids a token that would repeat n tokens of the sequence, prompt included. eos defaults to
+    the config's (a list of ids stops at any of them). Greedy and beams give a prompt the same
+    tokens whatever it is batched with.
+
+    UserError: no prompt, an empty prompt, an option out of its range, or a sequence longer than
+    the model's positions.
+    """
+    eos = model.config.eos if eos is None else eos
+    eos = [eos] if isinstance(eos, int) else list(eos)
+    check(model, prompts, max_new_tokens, beams, temperature, top_p)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            if beams > 1:
+                return beam_search(model, prompts, max_new_tokens, beams, length_penalty,
+                                   no_repeat_ngram, eos)
+            device = model.embed.weight.device
+            chance = torch.Generator(device)
+            chance.manual_seed(seed) if seed is not None else chance.seed()
+            pick = (lambda logits: logits.argmax(-1)) if temperature == 0 else (
+                lambda logits: sample(logits / temperature, top_p, chance))
+            return one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos)
+    finally:
+        model.train(was_training)
+
+
+def check(model, prompts, max_new_tokens, beams, temperature, top_p) -> None:
+    longest = max((len(p) for p in prompts), default=0)
+    if any(len(p) == 0 for p in prompts):
+        raise UserError("a prompt has no tokens: begin it with the tokenizer's bos")
+    if max_new_tokens < 0 or beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise UserError(f"generate needs max_new_tokens >= 0, beams >= 1, temperature >= 0 and "
+                        f"0 < top_p <= 1; got {max_new_tokens}, {beams}, {temperature}, {top_p}")
+    if beams > 1 and temperature > 0:
+        raise UserError("beams search for the likeliest text: use temperature 0 with them")
+    if longest + max_new_tokens > model.config.max_positions:
+        raise UserError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+                        f"model's {model.config.max_positions} positions")
+
+
+def left_pad(prompts: list[list[int]], new: int, device) -> tuple[Tensor, Tensor]:
+    """-> tokens (B, T) and mask (B, T + new), True for real tokens and all that will follow."""
+    T = max(len(p) for p in prompts)
+    tokens = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[False] * (T - len(p)) + [True] * (len(p) + new) for p in prompts],
+                        device=device)
+    return tokens, mask
+
+
+def start(model, prompts, new):
+    """Reads the prompts: (logits of the next token (B, vocab), cache, mask (B, T + new))."""
+    tokens, mask = left_pad(prompts, new, model.embed.weight.device)
+    cache = model.make_cache(*mask.shape)
+    if mask.all():
+        mask = None                          # nothing is padded: attention needs no mask at all
+    visible = None if mask is None else mask[:, :tokens.shape[1]]
+    return model.logits(model.hidden(tokens, visible, cache)[:, -1]).float(), cache, mask
+
+
+def advance(model, tokens: Tensor, cache, mask: Tensor | None) -> Tensor:
+    """One more token of each row, tokens (B,) -> logits of the next (B, vocab)."""
+    visible = None if mask is None else mask[:, :cache.used + 1]
+    return model(tokens[:, None], visible, cache)[:, -1].float()
+
+
+def one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos) -> list[list[int]]:
+    """Greedy or sampling: `pick` turns logits (B, vocab) into tokens (B,)."""
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    new = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    logits, cache, mask = start(model, prompts, max_new_tokens)
+    for step in range(max_new_tokens):
+        forbid_repeats(logits, [p + n for p, n in zip(prompts, new)], no_repeat_ngram)
+        tokens = pick(logits)
+        for i, token in enumerate(tokens.tolist()):
+            done[i] = done[i] or token in eos
+            if not done[i]:
+                new[i].append(token)
+        if all(done) or step + 1 == max_new_tokens:
+            break
+        logits = advance(model, tokens, cache, mask)
+    return new
+
+
+def sample(logits: Tensor, top_p: float, chance: torch.Generator) -> Tensor:
+    """Draws from the nucleus: tokens by falling probability until their sum reaches top_p."""
+    probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = probs.cumsum(-1) - probs               # probability of all better tokens
+    probs = probs.masked_fill(before >= top_p, 0)
+    return order.gather(-1, torch.multinomial(probs, 1, generator=chance))[:, 0]
+
+
+def forbid_repeats(logits: Tensor, sequences: list[list[int]], n: int) -> None:
+    """Sets to -inf each token that would complete an n-gram which the sequence already holds."""
+    if n < 1:
+        return
+    for row, sequence in zip(logits, sequences):
+        tail = sequence[len(sequence) - n + 1:]
+        for i in range(len(sequence) - n + 1):
+            if sequence[i:i + n - 1] == tail:
+                row[sequence[i + n - 1]] = -torch.inf
+
+
+def beam_search(model, prompts, max_new_tokens, K, length_penalty, no_repeat_ngram, eos):
+    """Keeps the K likeliest unfinished texts of each prompt and its K best finished ones.
+
+    A text that ends (eos among a prompt's K best candidates, or the last step) is finished with
+    the score sum log p / length^length_penalty, eos counted. A prompt is done when it has K
+    finished texts and its best open one, scored at its present length, is no better than the
+    worst of them: the rule of transformers' early_stopping=False.
+    """
+    if not prompts or max_new_tokens == 0:
+        return [[] for _ in prompts]
+    B = len(prompts)
+    logits, cache, mask = start(model, prompts, max_new_tokens)
+    rows = torch.arange(B, device=logits.device).repeat_interleave(K)
+    cache.select(rows)
+    logits, mask = logits[rows], None if mask is None else mask[rows]
+    scores = torch.full((B, K), -torch.inf, device=logits.device)
+    scores[:, 0] = 0                                # at first the K beams are one and the same
+    texts = [[[] for _ in range(K)] for _ in prompts]
+    finished = [[] for _ in prompts]                # (score, tokens), at most K, best first
+    done = [False] * B
+    for length in range(1, max_new_tokens + 1):
+        logp = logits.log_softmax(-1)
+        forbid_repeats(logp, [prompts[i] + t for i in range(B) for t in texts[i]], no_repeat_ngram)
+        vocab = logp.shape[-1]
+        total = (scores[:, :, None] + logp.view(B, K, vocab)).view(B, -1)
+        best, where = total.topk(min((1 + len(eos)) * K, total.shape[1]))   # K remain without eos
+        tokens, parents = torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long)
+        new_scores = torch.full((B, K), -torch.inf)
+        for i, (values, places) in enumerate(zip(best.tolist(), where.tolist())):
+            open_texts = []
+            for rank, (score, place) in enumerate(zip(values, places)):
+                beam, token = divmod(place, vocab)
+                ends, last = token in eos, length == max_new_tokens
+                if (ends or last) and rank < K and score > -torch.inf and not done[i]:
+                    text = texts[i][beam] + ([] if ends else [token])
+                    finished[i].append((score / length ** length_penalty, text))
+                if not ends and len(open_texts) < K:
+                    tokens[i, len(open_texts)], parents[i, len(open_texts)] = token, beam
+                    new_scores[i, len(open_texts)] = score
+                    open_texts.append(texts[i][beam] + [token])
+            texts[i] = open_texts
+            finished[i] = sorted(finished[i], key=lambda pair: -pair[0])[:K]
+            done[i] = done[i] or (len(finished[i]) == K and new_scores[i, 0].item()
+                                  / length ** length_penalty <= finished[i][-1][0])
+        if all(done) or length == max_new_tokens:
+            break
+        scores = new_scores.to(logits.device)
+        rows = (torch.arange(B)[:, None] * K + parents).view(-1).to(logits.device)
+        cache.select(rows)
+        mask = None if mask is None else mask[rows]
+        logits = advance(model, tokens.view(-1).to(logits.device), cache, mask)
+    return [texts[0][1] for texts in finished]

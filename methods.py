@@ -1,0 +1,192 @@
+"""From a name to a model: the table of methods, and what is done with their layers in a model.
+
+    inject(model, "dual", ["q", "v"], rank=8)         any nn.Module with nn.Linear in it
+    torch.optim.AdamW(param_groups(model, lr=1e-3))   ... train ...
+    save(model, "adapter.safetensors")
+    merge(load(pretrained, "adapter.safetensors"))    plain nn.Linear again
+
+To add a method: one import, and one line in METHODS.
+"""
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from common import UserError, atomic_write
+from dual_lora import DualLoRALinear
+from lora import AdapterLinear, LoRALinear
+
+
+@dataclass(frozen=True)
+class Method:
+    layer: type[AdapterLinear] | None   # None: no adapters, every weight of the model trains
+    lr: float                           # default learning rate
+    lr_ratio: float = 1.0               # the `fast` parameters get this many times it
+
+    @property
+    def hyper(self) -> dict:
+        """The method's own keyword arguments, after base, rank, alpha and dropout: defaults."""
+        arguments = inspect.signature(self.layer).parameters.values() if self.layer else ()
+        return {argument.name: argument.default for argument in list(arguments)[4:]}
+
+
+METHODS = {
+    "full": Method(None, lr=3e-4),
+    "lora": Method(LoRALinear, lr=1e-3),
+    "lora+": Method(LoRALinear, lr=5e-4, lr_ratio=16.0),
+    "dual": Method(DualLoRALinear, lr=1e-3),
+}
+
+
+def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int = 8,
+           alpha: float = 16.0, dropout: float = 0.0, **hyper) -> nn.Module:
+    """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
+
+    A target is the last part of module paths: `q` is every layer's q. One module at two paths
+    stays one. For `full` every weight trains, and the arguments after `method` mean nothing.
+    UserError: an unknown method or option, a target that matches nothing, a second injection.
+    """
+    _refuse_injected(model)
+    if method not in METHODS:
+        raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+    layer, own = METHODS[method].layer, METHODS[method].hyper
+    if set(hyper) - set(own):
+        raise UserError(f"{method} has no option {', '.join(sorted(set(hyper) - set(own)))}: "
+                        f"its own are {', '.join(own) or 'none'}")
+    config, new = {"method": method}, {}
+    if layer is not None:
+        targets, own = sorted({targets} if isinstance(targets, str) else set(targets)), own | hyper
+        config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout) | own
+        new = {base: layer(base, rank, alpha, dropout, **own).train(base.training)
+               for base in _find(model, targets)}
+    model.requires_grad_(layer is None)
+    model.injected = config   # a plain attribute, which a copy or a pickle of the model keeps
+    return _replace(model, new)
+
+
+def _refuse_injected(model):
+    if any("injected" in module.__dict__ or "kept_adapter" in module.__dict__
+           or isinstance(module, AdapterLinear) for module in model.modules()):
+        raise UserError("this model has been injected already: start from the pretrained one")
+
+
+def _find(model, targets):
+    """The nn.Linear modules that one of `targets` names."""
+    named = [(path.rpartition(".")[2], module) for path, module
+             in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
+    names = {name for name, _ in named if name}
+    missing = sorted(set(targets) - names)
+    if missing or not targets:
+        raise UserError(f"no nn.Linear is named {', '.join(missing) or '(nothing)'}: "
+                        f"the model's are {', '.join(sorted(names)) or 'none'}")
+    return dict.fromkeys(module for name, module in named if name in targets)
+
+
+def _replace(model, new):
+    """Puts new[module] wherever a module of `new` stands, the model itself included."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if path and module in new:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, new[module])
+    return new.get(model, model)
+
+
+def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
+    """Module path -> adapter layer, each layer once; empty for `full` and when merged."""
+    return {path: m for path, m in model.named_modules() if isinstance(m, AdapterLinear)}
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> nn.Module:
+    """Makes every adapter layer a plain nn.Linear of its W', rounded once to the base's dtype."""
+    new = {}
+    for layer in adapters(model).values():
+        W = layer.merged_weight().to(layer.base.weight.dtype)
+        new[layer] = linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), layer.base.bias
+        linear.__dict__["kept_adapter"] = layer   # past nn.Module: not a part of the state dict
+        linear.train(layer.training)
+    return _replace(model, new)
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Puts the adapter layers back as they were: subtracting dW would damage W0 by rounding."""
+    kept = {linear: linear.kept_adapter for linear in model.modules()
+            if "kept_adapter" in linear.__dict__}
+    for linear, layer in kept.items():   # what model.to() and model.eval() did not reach
+        layer.to(linear.weight.device).train(linear.training)
+    return _replace(model, kept)
+
+
+def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
+                 lr_ratio: float = 1.0) -> list[dict]:
+    """Optimizer groups: each trainable parameter in one, `fast` ones at lr * lr_ratio."""
+    fast = {id(getattr(layer, name)) for layer in adapters(model).values() for name in layer.fast}
+    if lr_ratio != 1 and not fast:
+        raise UserError("lr_ratio has no effect here: the method has no parameters to speed up")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trainable if (id(p) in fast) == is_fast], lr=rate,
+                   weight_decay=weight_decay)
+              for is_fast, rate in ((False, lr), (True, lr * lr_ratio))]
+    return [group for group in groups if group["params"]]
+
+
+def _state(model):
+    """What a file holds, by path: the adapter layers without their base; full: every weight."""
+    if any("kept_adapter" in module.__dict__ for module in model.modules()):
+        raise UserError("the model is merged: unmerge it first")
+    if METHODS[model.injected["method"]].layer is not None:
+        return {f"{path}.{name}": tensor for path, layer in adapters(model).items()
+                for name, tensor in layer.state_dict().items() if not name.startswith("base.")}
+    once = {}   # a tied weight has two names, and is stored under the first
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(once.values())
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Writes the adapters (full: every weight) as safetensors; equal runs give equal bytes."""
+    if "injected" not in model.__dict__:
+        raise UserError(f"{path}: nothing to save: inject the model first")
+    tensors = {name: tensor.contiguous() for name, tensor in _state(model).items()}
+    with atomic_write(path) as temporary:
+        try:
+            save_file(tensors, temporary, {"adapter": json.dumps(model.injected, sort_keys=True)})
+        except SafetensorError as error:
+            raise UserError(f"{path}: cannot write: {error}") from error
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """Injects a pretrained model as the file says and fills it in; UserError unless all fits.
+
+    After an error the model is as it was.
+    """
+    _refuse_injected(model)
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with safe_open(path, "pt") as file:
+            if "adapter" not in (file.metadata() or {}):
+                raise UserError("its metadata has no key `adapter`: not written by this program")
+            inject(model, **json.loads(file.metadata()["adapter"]))
+            state = _state(model)
+            expected = {name: list(tensor.shape) for name, tensor in state.items()}
+            found = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            for name in sorted(expected.keys() | found.keys()):
+                if expected.get(name) != found.get(name):
+                    raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
+                                    f"{expected.get(name, 'missing')} in the model")
+            for name, tensor in state.items():
+                tensor.copy_(file.get_tensor(name))
+    except (OSError, SafetensorError, TypeError, ValueError) as error:
+        _replace(model, {layer: layer.base for layer in adapters(model).values()})
+        model.__dict__.pop("injected", None)
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        raise UserError(f"{path}: cannot load: {error}") from error
+    return model

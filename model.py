@@ -1,0 +1,247 @@
+"""A decoder-only transformer, one class for two families.
+
+GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU (tanh form), biases everywhere.
+LLaMA (Touvron et al. 2023, arXiv 2302.13971) and what shares its layout (Mistral, Qwen2, Qwen3):
+rotary positions, RMSNorm, SwiGLU, grouped-query attention (Ainslie et al. 2023, 2305.13245).
+
+Shapes: B sequences, T new tokens, S = T plus cached tokens, C = d_model, H heads of D = head_dim.
+Weights are (out, in). q, k, v and o are separate nn.Linear layers in both families, so that a
+target name such as `q` means the same thing in every checkpoint. Every Linear that an adapter
+may wrap is called as a module (never as F.linear on its weight).
+"""
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Config:
+    """Everything that decides the model's shape; convert.py fills it from a config.json."""
+    vocab_size: int
+    d_model: int                        # C, width of the residual stream
+    n_layers: int
+    n_heads: int                        # H, query heads
+    n_kv_heads: int                     # key/value heads; each serves H / n_kv_heads query heads
+    head_dim: int                       # D; H * D may differ from C (Qwen3)
+    d_ff: int                           # width inside the MLP
+    max_positions: int                  # longest sequence the checkpoint was made for
+    model_type: str = "llama"           # as config.json names it: gpt2, llama, mistral, qwen2, ...
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # LLaMA-3.1's four numbers, see rope_frequencies
+    qkv_bias: bool = False              # Qwen2
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False               # Qwen3: RMSNorm on each head's q and k
+    tied: bool = True                   # the output head is the embedding itself
+    bos: int | None = None
+    eos: list[int] = field(default_factory=list)    # generation stops at any of these
+    pad: int | None = None
+
+    @property
+    def is_gpt2(self) -> bool:
+        return self.model_type == "gpt2"
+
+
+class Cache:
+    """Keys and values of the tokens seen so far, in memory allocated once.
+
+    kv is (n_layers, 2, B, n_kv_heads, length, D); the first `used` positions are filled.
+    """
+
+    def __init__(self, config: Config, batch: int, length: int, like: Tensor):
+        c = config
+        self.kv = like.new_empty(c.n_layers, 2, batch, c.n_kv_heads, length, c.head_dim)
+        self.used = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores one layer's new k, v (B, n_kv_heads, T, D); returns all of its k, v so far."""
+        end = self.used + k.shape[2]
+        self.kv[layer, 0, :, :, self.used:end] = k
+        self.kv[layer, 1, :, :, self.used:end] = v
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Makes the batch consist of these rows, in this order (beam search)."""
+        kept = self.kv[:, :, rows, :, :self.used]
+        if rows.numel() != self.kv.shape[2]:
+            self.kv = self.kv.new_empty(*self.kv.shape[:2], rows.numel(), *self.kv.shape[3:])
+        self.kv[..., :self.used, :] = kept
+
+
+def rope_frequencies(config: Config, device: torch.device) -> Tensor:
+    """Rotation speed in radians per token of each pair of a head's coordinates: (D / 2,).
+
+    RoPE (Su et al. 2021, arXiv 2104.09864): theta^(-2i/D). LLaMA-3.1 stretches it to a longer
+    context (Llama 3 report, 2407.21783; constants in the checkpoint's `rope_scaling`): waves
+    longer than the old context / low_freq_factor are slowed by `factor`, waves shorter than the
+    old context / high_freq_factor are kept, those between are mixed linearly.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    speed = config.rope_theta ** -exponents
+    if config.rope_scaling is None:
+        return speed
+    s = config.rope_scaling
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)   # in the old context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)                       # 1: short wave
+    return speed * (keep + (1 - keep) / s["factor"])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns coordinate i with i + D/2 (the half-split pairing of the HF layout). x (B, H, T, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        c, self.config, self.layer = config, config, layer
+        self.q = nn.Linear(c.d_model, c.n_heads * c.head_dim, bias=c.qkv_bias)
+        self.k = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.d_model, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.o = nn.Linear(c.n_heads * c.head_dim, c.d_model, bias=c.o_bias)
+        if c.qk_norm:
+            self.q_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+            self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        c, (B, T, _) = self.config, x.shape
+        q = self.q(x).view(B, T, c.n_heads, c.head_dim)
+        k = self.k(x).view(B, T, c.n_kv_heads, c.head_dim)
+        v = self.v(x).view(B, T, c.n_kv_heads, c.head_dim).transpose(1, 2)
+        if c.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)                      # (B, H, T, D)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)                        # (B, n_kv_heads, S, D)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            enable_gqa=c.n_kv_heads != c.n_heads)                        # (B, H, T, D)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, C)
+
+
+class MLP(nn.Module):
+    """GPT-2: down(gelu(up x)). LLaMA: down(silu(gate x) * up x), SwiGLU (Shazeer, 2002.05202)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if not config.is_gpt2:
+            self.gate = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.up = nn.Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+        self.is_gpt2 = config.is_gpt2
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_gpt2:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def make_norm(config: Config) -> nn.Module:
+    kind = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
+    return kind(config.d_model, eps=config.norm_eps)
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config), MLP(config)
+
+    def forward(self, x: Tensor, rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """model(tokens) -> next-token logits.
+
+    >>> logits = model(torch.tensor([[1, 5, 7]]))     # (1, 3, vocab_size)
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        c, self.config = config, config
+        self.embed = nn.Embedding(c.vocab_size, c.d_model)
+        self.positions = nn.Embedding(c.max_positions, c.d_model) if c.is_gpt2 else None
+        self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
+        self.norm = make_norm(c)
+        self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
+        """GPT-2's start for training from scratch: N(0, 0.02), less on the way into the residual
+        stream (std / sqrt(2 n_layers)), so that its size does not grow with depth."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                into_stream = name.endswith(("attn.o.weight", "mlp.down.weight"))
+                std = 0.02 / math.sqrt(2 * self.config.n_layers) if into_stream else 0.02
+                nn.init.normal_(p, std=std, generator=generator)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    def attention_mask(self, mask: Tensor, T: int) -> Tensor:
+        """(B, S) bool, True for real tokens -> (B, 1, T, S), True where a query may look."""
+        S = mask.shape[1]
+        query = torch.arange(S - T, S, device=mask.device)[:, None]
+        key = torch.arange(S, device=mask.device)[None, :]
+        allowed = (key <= query) & mask[:, None, None, :]
+        # A padding query would see nothing, and softmax over nothing is NaN: it sees itself.
+        return allowed | (key == query)
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None,
+               cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> the last hidden state after the final norm, (B, T, C).
+
+        mask (B, S) is True (or 1) for real tokens and False for padding, S = cached tokens + T;
+        positions count real tokens only, so a left-padded prompt is read like one that stands
+        alone. With a cache the tokens follow those already in it.
+        """
+        c, (_, T) = self.config, tokens.shape
+        past = cache.used if cache is not None else 0
+        if mask is None:
+            positions = torch.arange(past, past + T, device=tokens.device)   # (T,)
+            attend = None
+            if past and T > 1:                  # SDPA's is_causal assumes that nothing is cached
+                everything = tokens.new_ones(1, past + T, dtype=torch.bool)
+                attend = self.attention_mask(everything, T)
+        else:
+            mask = mask.bool()
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -T:]        # (B, T)
+            attend = self.attention_mask(mask, T)
+        x = self.embed(tokens)                                           # (B, T, C)
+        rope = None
+        if c.is_gpt2:
+            x = x + self.positions(positions)
+        else:
+            angles = positions[..., None].float() * rope_frequencies(c, x.device)
+            angles = angles if mask is None else angles[:, None]         # (B, 1, T, D/2), (T, D/2)
+            rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, rope, attend, cache)
+        if cache is not None:
+            cache.used += T
+        return self.norm(x)
+
+    def make_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `length` tokens."""
+        return Cache(self.config, batch, length, like=self.embed.weight)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., vocab_size)."""
+        return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """tokens (B, T) int64 -> logits (B, T, vocab_size); mask and cache as in hidden()."""
+        return self.logits(self.hidden(tokens, mask, cache))
+
+
+from generate import generate  # noqa: E402,F401  (written in its own file, part of this module)

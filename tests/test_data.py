@@ -1,0 +1,136 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import UserError
+from convert import load_pretrained
+from data import load_task
+from data.task import (Example, Sequence, collate, encode, recall, score_targets, split_file,
+                       target_loss)
+from data.world import World, cloze
+from generate import generate
+
+BASE = Path(__file__).parents[1] / "data" / "base"
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_pretrained(BASE)
+
+
+def test_an_example_is_bos_prompt_target_eos_and_the_loss_counts_the_answer(base):
+    _, tokenizer = base
+    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), tokenizer, 99)
+    assert tokens == [tokenizer.bos, *tokenizer.encode("Ada lives in Dunham."), tokenizer.eos]
+    assert tokenizer.decode(tokens[start:-1]) == " Dunham." and not cut
+    assert encode(Example("Ada lives in", " Dunham."), tokenizer, 99, loss_on="all").start == 1
+    assert encode(Example("a", " b"), tokenizer, 99, eos=False).tokens[-1] != tokenizer.eos
+
+
+def test_too_long_an_example_loses_the_start_of_its_prompt_and_nothing_else(base):
+    _, tokenizer = base
+    example = Example("one two three four five six seven eight nine ten", " eleven.")
+    whole = encode(example, tokenizer, 99)
+    short = encode(example, tokenizer, len(whole.tokens) - 3)
+    assert short.cut and not whole.cut
+    assert short.tokens == [tokenizer.bos, *whole.tokens[4:]]
+    assert short.tokens[short.start:] == whole.tokens[whole.start:]
+    with pytest.raises(UserError, match="--max-length 3"):
+        encode(example, tokenizer, 3)
+
+
+def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):
+    _, tokenizer = base
+    tokens, start, _ = encode(Example("Question", ": Who"), tokenizer, 99)
+    joint = tokenizer.encode("Question: Who")
+    assert tokens[1:-1] == joint
+    # no space at the border: the target's first token may begin inside the prompt's last word
+    tokens, start, _ = encode(Example("The Ans", "wer"), tokenizer, 99)
+    assert tokenizer.decode(tokens[1:-1]) == "The Answer" and tokens[1:start] == tokens[1:2]
+
+
+def test_the_loss_is_the_sum_over_target_tokens_whatever_the_padding(base):
+    model, _ = base
+    sequences = [Sequence([5, 6, 7, 8, 9], 3), Sequence([5, 9], 1), Sequence([1, 2, 3], 2)]
+    by_hand = 0.0
+    for tokens, start, _ in sequences:
+        logp = F.log_softmax(model(torch.tensor([tokens]))[0], -1)
+        by_hand -= sum(logp[i - 1, tokens[i]] for i in range(start, len(tokens)))
+    assert target_loss(model, *collate(sequences)).item() == pytest.approx(by_hand.item(), 1e-5)
+    scores = score_targets(model, sequences, batch_size=2)
+    assert sum(s.loss for s in scores) == pytest.approx(by_hand.item(), 1e-5)
+    assert [s.tokens for s in scores] == [2, 1, 1]
+
+
+def test_right_means_that_greedy_decoding_writes_the_target(base):
+    model, tokenizer = base
+    prompt = [tokenizer.bos, *tokenizer.encode("Question: Where does")]
+    written = generate(model, [prompt], 4, eos=[])[0]
+    right = Sequence(prompt + written, len(prompt))
+    wrong = Sequence(prompt + written[:-1] + [(written[-1] + 1) % 1500], len(prompt))
+    assert [s.right for s in score_targets(model, [right, wrong], 2)] == [True, False]
+
+
+def test_scores_do_not_depend_on_the_batch_size(base):
+    model, tokenizer = base
+    task = load_task("facts", tokenizer, 256)
+    few = task.test[::40]
+    assert recall(model, tokenizer, few, 1) == recall(model, tokenizer, few, 64)
+
+
+def test_the_base_knows_its_world(base):
+    model, tokenizer = base
+    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128)
+    assert before["kept"] > 0.95 and before["new"] < 0.05 and before["paraphrase"] < 0.05
+
+
+def test_facts_splits_score_every_fact_once(base):
+    task = load_task("facts", base[1], 256)
+    prompts = [e.prompt for e in task.test + task.valid]
+    assert len(set(prompts)) == len(prompts)
+    rewritten = {e.prompt for e in task.train}
+    for example in task.valid + task.test:
+        assert (example.prompt in rewritten) == (example.group == "new")
+    old = {cloze(fact, 0) for fact in World().facts}
+    assert all((e.prompt, e.target) not in old for e in task.train)
+    assert all((e.prompt, e.target) in old for e in task.test if e.group == "kept")
+
+
+def test_a_file_is_split_eight_one_one():
+    train, valid, test = split_file(list(range(100)))
+    assert (train, valid, test) == (list(range(80)), list(range(80, 90)), list(range(90, 100)))
+    assert split_file([0, 1, 2]) == ([0], [1], [2])
+
+
+def test_blocks_of_text_hold_each_token_once(base, tmp_path):
+    _, tokenizer = base
+    text = "".join(f"line {i} of the text\n" for i in range(300))
+    (tmp_path / "t.txt").write_text(text)
+    task = load_task("text", tokenizer, 32, str(tmp_path / "t.txt"))
+    ids = [t for block in task.train + task.valid + task.test for t in block.tokens[1:]]
+    assert ids == tokenizer.encode(text)
+    assert all(block.tokens[0] == tokenizer.bos and len(block.tokens) <= 32
+               for block in task.train + task.valid + task.test)
+
+
+@pytest.mark.parametrize("line", [
+    "{", "[1]", "3", "null", '{"prompt": "a"}', '{"prompt": 1, "target": "b"}',
+    '{"prompt": "a", "target": ""}', "[" * 100000])
+def test_each_kind_of_wrong_line_is_named(line, base, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "target": "b"}) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=r"d\.jsonl:2: "):
+        load_task("jsonl", base[1], 256, str(path))
+
+
+def test_text_that_is_not_utf8_or_too_short_is_an_error(base, tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match="byte 3"):
+        load_task("text", base[1], 256, str(path))
+    path.write_text("short")
+    with pytest.raises(UserError, match="too few"):
+        load_task("text", base[1], 256, str(path))

@@ -1,0 +1,272 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import UserError
+from dual_lora import DualLoRALinear, warmup_after
+from lora import AdapterLinear
+
+
+class NaiveSign(torch.autograd.Function):
+    """The paper's Sign, written once more and otherwise."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.where(x > 0, torch.ones_like(x), -torch.ones_like(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.maximum(torch.minimum(grad, torch.ones_like(grad)), -torch.ones_like(grad))
+
+
+def naive(layer, x):
+    """Section 3, word for word, in plain autograd."""
+    r1, r2 = len(layer.A), len(layer.C)
+    W = layer.base.weight + layer.warmup * (layer.alpha / math.sqrt(r1 * r2)) * (
+        torch.relu(layer.B @ layer.A) * NaiveSign.apply(layer.D @ layer.C))
+    return F.linear(x, W, layer.base.bias)
+
+
+def dual(n_in, n_out, rank=4, alpha=8.0, dtype=None, bias=True, **kwargs):
+    """A layer in the middle of training: all of the update is in use."""
+    kwargs = dict(update_warmup=0, init_std=0.5) | kwargs
+    return DualLoRALinear(nn.Linear(n_in, n_out, bias, dtype=dtype), rank, alpha, **kwargs)
+
+
+def parameters(layer):
+    return [layer.A, layer.B, layer.C, layer.D]
+
+
+def gradients(layer, forward, x, g):
+    """[output, gradients of x, A, B, C, D] of one way to compute the layer."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = forward(x)
+    y.backward(g)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in parameters(layer))]
+
+
+def test_a_hand_worked_2x2_layer_gives_these_numbers():
+    layer = dual(2, 2, rank=2, alpha=2)                   # r1 = r2 = 1: scale = 2/sqrt(1) = 2
+    with torch.no_grad():
+        layer.base.weight.copy_(torch.tensor([[1., 0.], [0., 1.]]))
+        layer.base.bias.copy_(torch.tensor([10., 20.]))
+        layer.A.copy_(torch.tensor([[1., -1.]]))
+        layer.B.copy_(torch.tensor([[2.], [-1.]]))        # B A = [[2, -2], [-1, 1]]
+        layer.C.copy_(torch.tensor([[1., 1.]]))           # ReLU: M = [[2, 0], [0, 1]], two are off
+        layer.D.copy_(torch.tensor([[1.], [0.]]))         # D C = [[1, 1], [0, 0]]
+    # Sign(0) = -1: S = [[1, 1], [-1, -1]];  2 M (.) S = [[4, 0], [0, -2]];  W' = [[5, 0], [0, -1]]
+    assert layer.delta_weight().tolist() == [[4, 0], [0, -2]]
+    x, g = torch.tensor([1., 2.]), torch.tensor([1., 0.1])
+    y, dx, dA, dB, dC, dD = gradients(layer, layer, x, g)
+    assert y.tolist() == [15, 18]                         # [5 + 10, -2 + 20]
+    assert torch.allclose(dx, torch.tensor([5., -0.1]))   # g W'
+    # dW' = g' x = [[1, 2], [.1, .2]]
+    # dM = 2 dW' (.) S = [[2, 4], [-.2, -.4]], of which ReLU lets [[2, 0], [0, -.4]] through
+    assert torch.allclose(dB, torch.tensor([[2.], [0.4]]))     # dM A'
+    assert torch.allclose(dA, torch.tensor([[4., 0.4]]))       # B' dM
+    # dS = 2 dW' (.) M = [[4, 0], [0, .4]]; the clip binds at 4: [[1, 0], [0, .4]]
+    assert torch.allclose(dC, torch.tensor([[1., 0.]]))        # D' dS
+    assert torch.allclose(dD, torch.tensor([[1.], [0.4]]))     # dS C'
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (40, 600), (300, 1100)])   # (in, out): 1 to 3 blocks
+@pytest.mark.parametrize("size", [1e-3, 30.0])                        # the clip binds nowhere; often
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_all_gradients_equal_the_naive_definition_in_float64(shape, size, bias):
+    layer = dual(*shape, rank=3, dtype=torch.float64, bias=bias)
+    layer.warmup.fill_(0.37)
+    x, g = torch.randn(2, 7, shape[0]).double(), size * torch.randn(2, 7, shape[1]).double()
+    expected = gradients(layer, lambda x: naive(layer, x), x, g)
+    clipped = (g.flatten(0, 1).T @ x.flatten(0, 1)).abs() * layer.delta_weight().abs() > 1
+    assert clipped.any() == (size > 1)
+    for forward in (layer, lambda x: AdapterLinear.forward(layer, x)):
+        for mine, right in zip(gradients(layer, forward, x, g), expected):
+            assert torch.allclose(mine, right, rtol=1e-9, atol=1e-12 * size)
+
+
+def test_gradients_equal_finite_differences_where_the_layer_has_a_derivative():
+    layer = dual(5, 6, dtype=torch.float64)     # C and D move only signs: their slope is 0
+
+    def of(x, A, B):
+        return torch.func.functional_call(layer, {"A": A, "B": B}, x)
+
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(of, (x, layer.A, layer.B))
+
+
+def test_a_layer_used_twice_in_one_graph_gets_both_gradients():
+    layer = dual(6, 6, dtype=torch.float64)
+    x, g = torch.randn(3, 6).double(), 0.01 * torch.randn(3, 6).double()
+    twice = gradients(layer, lambda x: layer(torch.tanh(layer(x))), x, g)
+    right = gradients(layer, lambda x: naive(layer, torch.tanh(naive(layer, x))), x, g)
+    assert all(torch.allclose(*pair, rtol=1e-10) for pair in zip(twice, right))
+
+
+def test_an_input_without_gradient_an_empty_one_and_a_vector_are_served():
+    layer = dual(6, 5)
+    layer(torch.randn(4, 6)).sum().backward()
+    assert all(p.grad.any() for p in parameters(layer))
+    layer(torch.zeros(0, 6)).sum().backward()
+    assert layer(torch.zeros(2, 0, 6)).shape == (2, 0, 5) and layer(torch.zeros(6)).shape == (5,)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_first_step_sees_the_pretrained_layer_to_the_bit(dtype, bias):
+    layer = dual(70, 600, dtype=dtype, bias=bias, update_warmup=20)
+    x = torch.randn(9, 70, dtype=dtype)
+    y = layer(x)
+    assert torch.equal(y, layer.base(x))
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in parameters(layer))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x.float()), layer.base(x.float()))
+
+
+def test_a_bf16_base_keeps_float32_parameters_and_builds_the_weight_in_float32():
+    layer = dual(300, 600, dtype=torch.bfloat16)
+    assert {t.dtype for t in (*parameters(layer), layer.warmup)} == {torch.float32}
+    x, g = torch.randn(50, 300).bfloat16(), 0.01 * torch.randn(50, 600).bfloat16()
+    mine = gradients(layer, layer, x, g)
+    right = gradients(layer, lambda x: AdapterLinear.forward(layer, x), x, g)
+    assert mine[0].dtype == mine[1].dtype == torch.bfloat16 and mine[2].dtype == torch.float32
+    for a, b in zip(mine, right):
+        assert (a - b).abs().max() <= 0.01 * b.abs().max()
+
+
+def test_autocast_does_not_reach_the_signs():
+    layer = dual(300, 600)
+    x, g = torch.randn(50, 300), 0.01 * torch.randn(50, 600)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        W = layer.merged_weight()
+    assert y.dtype == torch.bfloat16 and torch.equal(W, layer.merged_weight())
+    assert (y - F.linear(x, W, layer.base.bias)).abs().max() <= 0.02 * y.abs().max()
+    y.backward(g.bfloat16())
+    low = layer.D.grad.clone()
+    right = gradients(layer, layer, x, g)[-1]
+    assert (low - right).norm() <= 0.02 * right.norm()
+
+
+def test_dropout_acts_on_the_update_and_not_on_the_pretrained_weight():
+    layer = dual(6, 5, dropout=0.5)
+    x = torch.randn(7, 6)
+    torch.manual_seed(1)
+    y = layer(x)
+    torch.manual_seed(1)
+    expected = layer.base(x) + F.linear(F.dropout(x, 0.5), layer.delta_weight())
+    assert torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(layer.eval()(x), naive(layer, x), atol=1e-5)
+    layer.train().warmup.fill_(0.0)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_nothing_of_the_size_of_the_weight_is_kept_for_backward_but_the_weight():
+    layer, kept = dual(200, 700), []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(torch.randn(5, 200, requires_grad=True))
+    large = [t for t in kept if t.numel() >= 200 * 700]
+    assert [t.data_ptr() for t in large] == [layer.base.weight.data_ptr()]
+    mine = [p.data_ptr() for p in parameters(layer)]
+    assert len(kept) == 6 and all(p in [t.data_ptr() for t in kept] for p in mine)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_no_temporary_is_as_large_as_the_weight(dropout):
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if torch.is_tensor(result):      # how much memory it owns: a view of W0 owns all of W0
+                storage = result.untyped_storage()
+                if storage.data_ptr() != weight.data_ptr():
+                    self.numbers = max(self.numbers, storage.nbytes() // 4)
+            return result
+
+    layer = dual(400, 1100, dropout=dropout)
+    weight, x = layer.base.weight, torch.randn(5, 400, requires_grad=True)
+    with Largest() as largest:
+        layer(x).sum().backward()
+    assert 0 < largest.numbers <= 550 * 400
+
+
+def test_the_warm_up_is_a_line_that_a_short_run_shortens():
+    assert [warmup_after(step, 100, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [warmup_after(step, 12, 20) for step in range(4)] == [1 / 3, 2 / 3, 1, 1]
+    assert warmup_after(0, 1, 20) == warmup_after(0, 100, 0) == 1
+
+
+def test_on_step_raises_every_layer_in_place():
+    layers = [dual(6, 5, update_warmup=2), dual(6, 5, update_warmup=4), dual(6, 5)]
+    buffers = [layer.warmup for layer in layers]
+    DualLoRALinear.on_step(layers, 0, 100)
+    assert [w.item() for w in buffers] == [0.5, 0.25, 1]
+    assert all(layer.warmup is w for layer, w in zip(layers, buffers))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_loop_that_never_calls_on_step_is_stopped_at_its_second_step(fused):
+    layer = dual(6, 5, update_warmup=20)
+    optimizer = torch.optim.AdamW(parameters(layer), fused=fused)
+
+    def step():
+        for _ in range(3):     # micro-batches do not count: three backwards, one step
+            layer(torch.randn(4, 6)).sum().backward()
+        optimizer.step()
+
+    step()
+    DualLoRALinear.on_step([layer], 0, 100)
+    step()
+    step()
+    start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(start | {"warmup": torch.tensor(0.0)})   # a second run of the layer
+    step()
+    with pytest.raises(UserError, match="on_step"):
+        step()
+
+
+def test_a_layer_that_another_optimizer_does_not_train_is_left_alone():
+    layer, other = dual(6, 5, update_warmup=20), nn.Linear(5, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(3):
+        other(layer(torch.randn(4, 6))).sum().backward()
+        optimizer.step()
+
+
+def test_the_rank_is_split_and_the_scale_follows_the_split():
+    layer = dual(20, 30, rank=5, alpha=6.0)
+    assert [tuple(p.shape) for p in parameters(layer)] == [(2, 20), (30, 2), (3, 20), (30, 3)]
+    assert layer.scale == pytest.approx(6 / math.sqrt(6))
+    assert sum(p.numel() for p in parameters(layer)) == 5 * (20 + 30)     # what LoRA has
+    assert len(dual(20, 30, rank=8, r1=6).C) == 2 and len(dual(20, 30, rank=8, r2=6).A) == 2
+    assert len(dual(20, 30, rank=8, r1=3, r2=4).C) == 4
+
+
+@pytest.mark.parametrize("wrong", [dict(rank=1), dict(r1=0), dict(r1=4), dict(r2=9), dict(r2=1.5),
+                                   dict(update_warmup=-1), dict(update_warmup=0.5),
+                                   dict(init_std=0.0), dict(init_std=math.nan)])
+def test_wrong_arguments_are_refused_by_name(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong)) + "|r2" if "r1" in wrong else None):
+        dual(5, 9, **wrong)
+
+
+def test_all_four_start_gaussian_and_on_the_base_s_device():
+    layer = dual(400, 300, rank=16, init_std=0.06)
+    assert all(p.std().item() == pytest.approx(0.06, rel=0.1) for p in parameters(layer))
+    meta = DualLoRALinear(nn.Linear(40, 30, device="meta"), 4, 8)
+    assert all(t.is_meta for t in (*parameters(meta), meta.warmup, meta.merged_weight()))
+
+
+def test_the_update_has_a_far_higher_rank_than_lora_s():
+    assert torch.linalg.matrix_rank(dual(64, 64, rank=8).delta_weight()) > 32

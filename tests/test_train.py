@@ -1,0 +1,236 @@
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import eval as evaluation
+import train
+from methods import METHODS
+from train import batch_at, lr_factor, slices
+
+SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Each test runs in a folder of its own, on one thread: the same bits on every machine."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def result_of(folder: str) -> dict:
+    return json.loads(Path(folder, "result.json").read_text())
+
+
+def refused(capsys, *flags: str, main=train.main) -> str:
+    """The one line that a wrong command ends with."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error
+
+
+# ---- the loop's parts
+
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    # 10 steps, 4 of warm-up: quarters up to 1, then sixths down; step 10 would be 0
+    factors = [lr_factor(step, 10, 4) for step in range(10)]
+    expected = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert factors == pytest.approx(expected)
+    assert lr_factor(0, 10, 0) == 1
+
+
+def test_every_epoch_holds_each_example_once_in_a_new_order():
+    seen = [i for step in range(10) for i in batch_at(step, n=25, batch_size=5, seed=3)]
+    assert sorted(seen[:25]) == sorted(seen[25:]) == list(range(25))
+    assert seen[:25] != seen[25:] != list(range(25))
+    assert batch_at(4, 25, 5, seed=3) != batch_at(4, 25, 5, seed=4)
+
+
+def test_a_batch_may_run_over_the_end_of_an_epoch():
+    seen = [i for step in range(3) for i in batch_at(step, n=5, batch_size=7, seed=0)]
+    for epoch in range(4):
+        assert sorted(seen[5 * epoch:5 * epoch + 5]) == list(range(5))
+
+
+def test_slices_are_contiguous_and_cover_the_batch():
+    assert slices([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
+    assert slices([1, 2], 3) == [[1], [2]]
+
+
+# ---- whole runs
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsys):
+    train.main(["--method", method, "--out", "run", *SHORT])
+    assert {path.name for path in Path("run").iterdir()} == {
+        "config.json", "log.jsonl", "adapter.safetensors", "checkpoint.pt", "result.json"}
+    result = result_of("run")
+    assert result["method"] == method and result["loss_on"] == "answer"
+    assert 0 < result["trainable"] <= result["total"]
+    assert set(result["before"]) == set(result["after"]) == {"new", "paraphrase", "kept"}
+    assert all(0 <= share <= 1 for share in result["after"].values())
+    assert result["seconds"] > 0 and result["peak_memory_mb"] > 0 and "command" in result
+    lines = [json.loads(line) for line in Path("run", "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(6))
+    assert "valid" in lines[2] and "valid" not in lines[3]
+    torch.load("run/checkpoint.pt", weights_only=True)
+
+    capsys.readouterr()
+    evaluation.main(["--run", "run"])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert shown == {name: f"{share:.4f}" for name, share in result["after"].items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch):
+    flags = ["--method", method, "--save-every", "2", *SHORT]
+    flags += [] if method == "full" else ["--dropout", "0.1"]
+    train.main([*flags, "--out", "whole"])
+
+    log = train.Run.log
+    def stop_at_4(run, line):
+        log(run, line)
+        if line["step"] == 4:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train.Run, "log", stop_at_4)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*flags, "--out", "stopped"])
+    monkeypatch.setattr(train.Run, "log", log)
+    assert not Path("stopped/result.json").exists()
+
+    train.main(["--resume", "--out", "stopped"])
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes(), name
+    assert result_of("stopped")["after"] == result_of("whole")["after"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another():
+    for out, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        train.main(["--method", "lora", "--out", out, "--seed", seed, *SHORT])
+    a, b, c = (Path(out, "adapter.safetensors").read_bytes() for out in "abc")
+    assert a == b != c
+
+
+def test_accumulating_gives_the_whole_batchs_losses():
+    for out, n in (("one", "1"), ("three", "3")):
+        train.main(["--method", "lora", "--out", out, "--grad-accum", n, *SHORT])
+    losses = [[json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")]
+              for out in ("one", "three")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_longer_run_learns_the_new_facts_it_was_shown():
+    # 24 facts in 24 steps of the whole set: full fine-tuning must begin to know them
+    rows = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train.main(["--method", "full", "--task", "jsonl", "--data", "items.jsonl", "--steps", "24",
+                "--batch-size", "24", "--lr", "3e-3", "--out", "run"])
+    result = result_of("run")
+    assert result["after"]["loss"] < result["before"]["loss"] / 2
+    assert result["after"]["perplexity"] == pytest.approx(math.exp(result["after"]["loss"]))
+
+
+def test_plain_text_is_learnt_by_next_token_loss():
+    Path("text.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 200)
+    train.main(["--method", "lora", "--task", "text", "--data", "text.txt", "--steps", "8",
+                "--max-length", "64", "--out", "run"])
+    result = result_of("run")
+    assert result["loss_on"] == "all"
+    assert result["after"]["perplexity"] < 0.5 * result["before"]["perplexity"]
+
+
+def test_the_answer_before_and_after_is_shown(capsys):
+    train.main(["--method", "full", "--out", "run", *SHORT])
+    capsys.readouterr()
+    evaluation.main(["--run", "run", "--prompt", "Question: Where does", "--max-new-tokens", "5"])
+    before, after = capsys.readouterr().out.splitlines()
+    assert before.startswith("before:") and after.startswith("after:")
+
+
+def test_default_folders_never_collide():
+    flags = ["--method", "lora", "--rank", "2", *SHORT]
+    for name in ("facts-lora-r2-s0", "facts-lora-r2-s0-2"):
+        train.main(flags)
+        assert result_of(f"runs/{name}")
+
+
+# ---- wrong input
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--method is missing"),
+    (["--method", "dial"], "--method dial: unknown; did you mean dual?"),
+    (["--method", "lora", "--rnk", "4"], "--rnk: unknown flag; did you mean --rank?"),
+    (["--method", "lora", "--r1", "4"], "--r1: method lora does not use it"),
+    (["--method", "full", "--rank", "4"], "--rank: method full does not use it"),
+    (["--method", "lora", "--rank", "0"], "rank"),
+    (["--method", "lora", "--rank", "4000"], "rank"),
+    (["--method", "lora", "--rank", "two"], "--rank"),
+    (["--method", "lora", "--targets", "q,qq"], "qq"),
+    (["--method", "lora", "--lr", "-1"], "--lr"),
+    (["--method", "lora", "--lr", "nan"], "--lr"),
+    (["--method", "lora", "--steps", "0"], "--steps"),
+    (["--method", "lora", "--steps", "3", "--epochs", "1"], "not both"),
+    (["--method", "lora", "--task", "fact"], "--task fact: unknown; did you mean facts?"),
+    (["--method", "lora", "--task", "text"], "needs --data"),
+    (["--method", "lora", "--data", "x.txt"], "--data: task facts does not use it"),
+    (["--method", "lora", "--task", "text", "--data", "none.txt"], "none.txt"),
+    (["--method", "lora", "--model", "nowhere"], "nowhere"),
+    (["--resume"], "--out"),
+    (["--resume", "--out", "none"], "none"),
+    (["--resume", "--out", "none", "--lr", "1"], "--lr"),
+])
+def test_wrong_flags_end_with_one_line_and_write_nothing(flags, said, capsys):
+    assert said in refused(capsys, *flags)
+    assert list(Path().iterdir()) == []
+
+
+def test_an_existing_folder_is_kept_unless_overwriting_is_asked_for(capsys):
+    Path("run").mkdir()
+    Path("run/mine.txt").write_text("precious")
+    assert "--overwrite" in refused(capsys, "--method", "lora", "--out", "run", *SHORT)
+    assert os.listdir("run") == ["mine.txt"]
+    train.main(["--method", "lora", "--out", "run", "--overwrite", *SHORT])
+    assert Path("run/mine.txt").read_text() == "precious" and result_of("run")
+
+
+def test_a_wrong_line_of_data_is_named(capsys):
+    Path("data.jsonl").write_text('{"prompt": "a", "target": "b"}\n\n{"prompt": "a"}\n')
+    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl"]
+    assert "data.jsonl:3:" in refused(capsys, *flags)
+
+
+def test_a_target_that_does_not_fit_is_an_error(capsys):
+    rows = [{"prompt": "a", "target": "b " * 100}] * 10
+    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl", "--max-length", "20"]
+    assert "--max-length 20" in refused(capsys, *flags)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, monkeypatch):
+    losses = iter([1.0, 1.0, 1.0, float("nan")])
+    real = train.target_loss
+    monkeypatch.setattr(train, "target_loss", lambda *batch: real(*batch) * next(losses))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora", "--out", "run", "--save-every", "2", *SHORT])
+    assert stop.value.code == 1 and "step 3" in capsys.readouterr().err
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--run"),
+    (["--run", "none"], "none"),
+    (["--run", "a", "--model", "b"], "--run"),
+    (["--run", "a", "--task", "facts"], "--task"),
+    (["--model", "nowhere", "--task", "facts"], "nowhere"),
+    (["--model", "nowhere"], "--task"),
+])
+def test_eval_refuses_wrong_flags_in_one_line(flags, said, capsys):
+    assert said in refused(capsys, *flags, main=evaluation.main)
