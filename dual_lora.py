@@ -1,4 +1,4 @@
-"""Dual LoRA: magnitude and direction as two low-rank updates (2025), arXiv:2512.03402.
+"""Dual LoRA: Enhancing LoRA with Magnitude and Direction Updates (Xu et al., 2025), 2512.03402.
 
     W' = W0 + alpha/sqrt(r1 r2) * ReLU(B A) (.) Sign(D C)                         (section 3)
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from common import UserError
-from lora import AdapterLinear, check_whole, full_precision
+from lora import AdapterLinear, check_whole
 
 
 def warmup_after(step: int, total_steps: int, update_warmup: int) -> float:
@@ -75,8 +75,9 @@ def add_product(total, a, b, first):
 class DualProduct(torch.autograd.Function):
     """x W'^T + bias: (tokens, in) -> (tokens, out), without ever holding an out x in update.
 
-    Plain autograd through delta_weight() keeps about five such matrices for backward. Keeping
-    only its inputs, and building W' again block by block, this is also faster.
+    Plain autograd through delta_weight() keeps about five such matrices for backward. This keeps
+    its inputs alone, and builds W' again block by block. Autocast leaves products that are in
+    place or have out= as they are, so a block is float32 until it is complete, and cast once.
     """
 
     @staticmethod
@@ -98,7 +99,7 @@ class DualProduct(torch.autograd.Function):
         scale = ctx.scale
         limit = 1 / scale if scale else math.inf
         dx = torch.empty_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
-        dA, dB, dC, dD = (torch.zeros_like(p) for p in (A, B, C, D))
+        dA, dB, dC, dD = (torch.zeros_like(matrix) for matrix in (A, B, C, D))
         for rows, M, U, buffer in blocks(A, B, C, D, spare=1):
             g = grad[:, rows]                                             # (tokens, n)
             if dx is not None:
@@ -111,8 +112,8 @@ class DualProduct(torch.autograd.Function):
             dBA = G.mul_(U.sign_())    # through ReLU: U's sign is Sign(D C), or 0 where it is off
             dC.addmm_(D[rows].t(), dDC)
             dA.addmm_(B[rows].t(), dBA)
-            dD[rows] = (C @ dDC.t()).t()     # three times faster than dDC @ C.t()
-            dB[rows] = (A @ dBA.t()).t()
+            torch.mm(dDC, C.t(), out=dD[rows])
+            torch.mm(dBA, A.t(), out=dB[rows])
         dx = dx if dx is None else dx.to(x.dtype)
         return dx, None, None, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None
 
@@ -120,16 +121,18 @@ class DualProduct(torch.autograd.Function):
 _cold = weakref.WeakKeyDictionary()   # layers used at warmup 0 -> whether an optimizer moved them
 
 
-@register_optimizer_step_post_hook
 def _refuse_a_second_cold_step(optimizer, args, kwargs):
     """At warmup 0 every gradient is 0, so a loop that never calls on_step would train nothing."""
+    params = {id(p) for group in optimizer.param_groups for p in group["params"]} if _cold else ()
     for layer, stepped in list(_cold.items()):
-        groups = optimizer.param_groups
-        if layer.warmup == 0 and any(p is layer.A for group in groups for p in group["params"]):
+        if id(layer.A) in params and layer.warmup == 0:
             if stepped:
                 raise UserError("Dual LoRA trained two steps with its warm-up at 0: call on_step "
                                 "after every optimizer.step(), or inject with update_warmup=0")
             _cold[layer] = True
+
+
+register_optimizer_step_post_hook(_refuse_a_second_cold_step)
 
 
 class DualLoRALinear(AdapterLinear):
@@ -186,9 +189,8 @@ class DualLoRALinear(AdapterLinear):
             _cold.setdefault(self, False)
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        with full_precision(x):   # each block of W' is cast down once, when it is complete
-            y = DualProduct.apply(x.reshape(-1, x.shape[-1]), W0, bias, self.A, self.B,
-                                  self.C, self.D, warmup * self.scale)
+        y = DualProduct.apply(x.reshape(-1, x.shape[-1]), W0, bias, self.A, self.B, self.C, self.D,
+                              warmup * self.scale)
         return y.reshape(*x.shape[:-1], len(self.B))
 
     @classmethod

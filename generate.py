@@ -4,6 +4,8 @@ Prompts of different lengths are padded on the left, with a mask and with positi
 real tokens only; without both, a score changes with the batch size (LLM-Adapters issue 61).
 Keys and values are cached, so each new token costs one pass over one position.
 """
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 
             chance = torch.Generator(device)
             chance.manual_seed(seed) if seed is not None else chance.seed()
             pick = (lambda logits: logits.argmax(-1)) if temperature == 0 else (
-                lambda logits: sample(logits / temperature, top_p, chance))
+                lambda logits: sample(logits, temperature, top_p, chance))
             return one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos)
     finally:
         model.train(was_training)
@@ -51,7 +53,10 @@ def check(model, prompts, max_new_tokens, beams, temperature, top_p) -> None:
     longest = max((len(p) for p in prompts), default=0)
     if any(len(p) == 0 for p in prompts):
         raise UserError("a prompt has no tokens: begin it with the tokenizer's bos")
-    if max_new_tokens < 0 or beams < 1 or temperature < 0 or not 0 < top_p <= 1:
+    vocab = model.config.vocab_size
+    if any(not 0 <= token < vocab for prompt in prompts for token in prompt):
+        raise UserError(f"a prompt has a token outside the model's vocabulary of {vocab}")
+    if max_new_tokens < 0 or beams < 1 or not temperature >= 0 or not 0 < top_p <= 1:
         raise UserError(f"generate needs max_new_tokens >= 0, beams >= 1, temperature >= 0 and "
                         f"0 < top_p <= 1; got {max_new_tokens}, {beams}, {temperature}, {top_p}")
     if beams > 1 and temperature > 0:
@@ -94,7 +99,8 @@ def one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos) -> li
     done = [False] * len(prompts)
     logits, cache, mask = start(model, prompts, max_new_tokens)
     for step in range(max_new_tokens):
-        forbid_repeats(logits, [p + n for p, n in zip(prompts, new)], no_repeat_ngram)
+        if no_repeat_ngram > 0:
+            forbid_repeats(logits, [p + n for p, n in zip(prompts, new)], no_repeat_ngram)
         tokens = pick(logits)
         for i, token in enumerate(tokens.tolist()):
             done[i] = done[i] or token in eos
@@ -106,9 +112,10 @@ def one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos) -> li
     return new
 
 
-def sample(logits: Tensor, top_p: float, chance: torch.Generator) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, chance: torch.Generator) -> Tensor:
     """Draws from the nucleus: tokens by falling probability until their sum reaches top_p."""
-    probs, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    logits = logits - logits.amax(-1, keepdim=True)     # so that a tiny temperature gives no inf
+    probs, order = (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     before = probs.cumsum(-1) - probs               # probability of all better tokens
     probs = probs.masked_fill(before >= top_p, 0)
     return order.gather(-1, torch.multinomial(probs, 1, generator=chance))[:, 0]
@@ -116,8 +123,6 @@ def sample(logits: Tensor, top_p: float, chance: torch.Generator) -> Tensor:
 
 def forbid_repeats(logits: Tensor, sequences: list[list[int]], n: int) -> None:
     """Sets to -inf each token that would complete an n-gram which the sequence already holds."""
-    if n < 1:
-        return
     for row, sequence in zip(logits, sequences):
         tail = sequence[len(sequence) - n + 1:]
         for i in range(len(sequence) - n + 1):
@@ -137,9 +142,10 @@ def beam_search(model, prompts, max_new_tokens, K, length_penalty, no_repeat_ngr
         return [[] for _ in prompts]
     B = len(prompts)
     logits, cache, mask = start(model, prompts, max_new_tokens)
-    rows = torch.arange(B, device=logits.device).repeat_interleave(K)
-    cache.select(rows)
-    logits, mask = logits[rows], None if mask is None else mask[rows]
+    prompt = cache.used
+    cache.repeat(K)
+    logits = logits.repeat_interleave(K, dim=0)
+    mask = None if mask is None else mask.repeat_interleave(K, dim=0)
     scores = torch.full((B, K), -torch.inf, device=logits.device)
     scores[:, 0] = 0                                # at first the K beams are one and the same
     texts = [[[] for _ in range(K)] for _ in prompts]
@@ -147,33 +153,30 @@ def beam_search(model, prompts, max_new_tokens, K, length_penalty, no_repeat_ngr
     done = [False] * B
     for length in range(1, max_new_tokens + 1):
         logp = logits.log_softmax(-1)
-        forbid_repeats(logp, [prompts[i] + t for i in range(B) for t in texts[i]], no_repeat_ngram)
+        if no_repeat_ngram > 0:
+            whole = [prompts[i] + text for i in range(B) for text in texts[i]]
+            forbid_repeats(logp, whole, no_repeat_ngram)
         vocab = logp.shape[-1]
         total = (scores[:, :, None] + logp.view(B, K, vocab)).view(B, -1)
         best, where = total.topk(min((1 + len(eos)) * K, total.shape[1]))   # K remain without eos
-        tokens, parents = torch.zeros(B, K, dtype=torch.long), torch.zeros(B, K, dtype=torch.long)
-        new_scores = torch.full((B, K), -torch.inf)
+        alive = []                                  # of each prompt K times (score, beam, token)
         for i, (values, places) in enumerate(zip(best.tolist(), where.tolist())):
-            open_texts = []
-            for rank, (score, place) in enumerate(zip(values, places)):
-                beam, token = divmod(place, vocab)
+            candidates = [(v, *divmod(place, vocab)) for v, place in zip(values, places)]
+            for score, beam, token in candidates[:K]:
                 ends, last = token in eos, length == max_new_tokens
-                if (ends or last) and rank < K and score > -torch.inf and not done[i]:
+                if (ends or last) and score > -math.inf and not done[i]:
                     text = texts[i][beam] + ([] if ends else [token])
                     finished[i].append((score / length ** length_penalty, text))
-                if not ends and len(open_texts) < K:
-                    tokens[i, len(open_texts)], parents[i, len(open_texts)] = token, beam
-                    new_scores[i, len(open_texts)] = score
-                    open_texts.append(texts[i][beam] + [token])
-            texts[i] = open_texts
             finished[i] = sorted(finished[i], key=lambda pair: -pair[0])[:K]
-            done[i] = done[i] or (len(finished[i]) == K and new_scores[i, 0].item()
+            alive.append([c for c in candidates if c[2] not in eos][:K])
+            texts[i] = [texts[i][beam] + [token] for _, beam, token in alive[i]]
+            done[i] = done[i] or (len(finished[i]) == K and alive[i][0][0]
                                   / length ** length_penalty <= finished[i][-1][0])
         if all(done) or length == max_new_tokens:
             break
-        scores = new_scores.to(logits.device)
-        rows = (torch.arange(B)[:, None] * K + parents).view(-1).to(logits.device)
-        cache.select(rows)
-        mask = None if mask is None else mask[rows]
-        logits = advance(model, tokens.view(-1).to(logits.device), cache, mask)
-    return [texts[0][1] for texts in finished]
+        scores, beam, tokens = (torch.tensor([[c[n] for c in row] for row in alive],
+                                             device=logits.device) for n in range(3))
+        rows = torch.arange(B, device=logits.device)[:, None] * K + beam
+        cache.reorder(rows.view(-1), prompt)
+        logits = advance(model, tokens.view(-1), cache, mask)
+    return [texts[0][1] if texts else [] for texts in finished]

@@ -60,16 +60,20 @@ class Cache:
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores one layer's new k, v (B, n_kv_heads, T, D); returns all of its k, v so far."""
         end = self.used + k.shape[2]
-        self.kv[layer, 0, :, :, self.used:end] = k
-        self.kv[layer, 1, :, :, self.used:end] = v
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
+        keys, values = self.kv[layer].unbind()
+        keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
+        return keys[:, :, :end], values[:, :, :end]
 
-    def select(self, rows: Tensor) -> None:
-        """Makes the batch consist of these rows, in this order (beam search)."""
-        kept = self.kv[:, :, rows, :, :self.used]
-        if rows.numel() != self.kv.shape[2]:
-            self.kv = self.kv.new_empty(*self.kv.shape[:2], rows.numel(), *self.kv.shape[3:])
-        self.kv[..., :self.used, :] = kept
+    def repeat(self, times: int) -> None:
+        """Makes each sequence of the batch `times` equal ones, side by side."""
+        self.kv = self.kv.repeat_interleave(times, dim=2)
+
+    def reorder(self, rows: Tensor, start: int) -> None:
+        """Row i takes what row rows[i] holds from position `start` on (beams of one prompt: what
+        is before is the same in all of them)."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        new = self.kv[:, :, :, :, start:self.used]
+        new[:, :, moved] = new[:, :, rows[moved]]
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
@@ -81,7 +85,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     old context / high_freq_factor are kept, those between are mixed linearly.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    speed = config.rope_theta ** -exponents
+    speed = 1 / config.rope_theta ** exponents
     if config.rope_scaling is None:
         return speed
     s = config.rope_scaling
@@ -92,9 +96,12 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns coordinate i with i + D/2 (the half-split pairing of the HF layout). x (B, H, T, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Turns the pair a = x[i], b = x[i + D/2] (the half-split pairing of the HF layout).
+
+    x (B, H, T, D); cos and sin repeat for both halves, and sin is negative in the first:
+    a becomes a cos - b sin, b becomes b cos + a sin.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
@@ -121,9 +128,13 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                        # (B, n_kv_heads, S, D)
+        if T == 1:      # one token: the heads that share k and v are as if tokens of one head
+            q = q.view(B, c.n_kv_heads, -1, c.head_dim)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-            enable_gqa=c.n_kv_heads != c.n_heads)                        # (B, H, T, D)
+            enable_gqa=q.shape[1] != k.shape[1])                         # (B, H, T, D)
+        if T == 1:
+            y = y.view(B, c.n_heads, 1, c.head_dim)
         return self.o(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, C)
 
 
@@ -190,6 +201,8 @@ class Transformer(nn.Module):
     def attention_mask(self, mask: Tensor, T: int) -> Tensor:
         """(B, S) bool, True for real tokens -> (B, 1, T, S), True where a query may look."""
         S = mask.shape[1]
+        if T == 1:                              # nothing lies ahead of the last token
+            return torch.cat((mask[:, :-1], torch.ones_like(mask[:, -1:])), dim=1)[:, None, None]
         query = torch.arange(S - T, S, device=mask.device)[:, None]
         key = torch.arange(S, device=mask.device)[None, :]
         allowed = (key <= query) & mask[:, None, None, :]
@@ -223,7 +236,8 @@ class Transformer(nn.Module):
         else:
             angles = positions[..., None].float() * rope_frequencies(c, x.device)
             angles = angles if mask is None else angles[:, None]         # (B, 1, T, D/2), (T, D/2)
-            rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+            rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)             # (..., T, D)
         for layer in self.layers:
             x = layer(x, rope, attend, cache)
         if cache is not None:

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable
 
 import regex
 import tiktoken
@@ -47,9 +47,6 @@ _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = dict.fromkeys(_HIDDEN, "\uffff") | {256 + n: chr(b) for n, b in enumerate(_HIDDEN)}
 BYTES = [bytes([byte]) for byte in range(256)]
 ROLES = ("bos", "eos", "pad")
-# Leaves of a text what tiktoken takes for letters and numbers; see BPETokenizer._words.
-LETTERS = tiktoken.Encoding("letters", pat_str=r"[\p{L}\p{N}]+", special_tokens={},
-                            mergeable_ranks={byte: rank for rank, byte in enumerate(BYTES)})
 
 
 def load_tokenizer(folder: str | Path) -> "Tokenizer | None":
@@ -62,7 +59,7 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer | None":
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     main, model = folder / "tokenizer.json", folder / "tokenizer.model"
-    spec = _read_json(main)
+    spec = _read_json(main, required=main.exists())
     if spec:
         with _layout_of(main):
             kind = spec["model"].get("type", "BPE")
@@ -70,8 +67,8 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer | None":
         if kind == "BPE" and "ByteLevel" in steps:
             return _load_tokenizer_json(main, spec)
         if not model.exists():
-            raise UserError(f"{main}: {kind} with pre-tokenizer {' + '.join(steps) or None} is not "
-                            "byte-level BPE: the checkpoint's tokenizer.model must be beside it")
+            raise UserError(f"{main}: {kind!r} with pre-tokenizer {steps} is not byte-level BPE: "
+                            "the checkpoint's tokenizer.model must be beside it")
     if model.exists():
         if not spec and _read(model).isascii():            # a sentencepiece model is binary
             return _load_ranks(model)
@@ -85,54 +82,21 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer | None":
     return _load_ranks(rank_files[0]) if rank_files else None
 
 
-class _Finder:
-    """Finds added tokens in a text, the longest where several begin, by tokenizers' rules."""
-
-    def __init__(self, added: dict[str, dict]):
-        self.added = added
-        longest_first = sorted(added, key=len, reverse=True)
-        self.pattern = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
-
-    def cut(self, text: str) -> Iterator[tuple[str, int | None]]:
-        """The parts of `text` in order: (plain text, None), or ("", id) for an added token."""
-        done = 0
-        for match in self.pattern.finditer(text):
-            token, (start, end) = self.added[match.group()], match.span()
-            beside = text[max(start - 1, 0):start] + text[end:end + 1]
-            if token.get("single_word") and regex.search(r"\w", beside):
-                continue
-            if token.get("lstrip"):              # takes the white space before it
-                start = max(done, len(text[:start].rstrip()))
-            if token.get("rstrip"):              # and after it
-                end = len(text) - len(text[end:].lstrip())
-            if done < start:
-                yield text[done:start], None
-            yield "", token["id"]
-            done = end
-        if done < len(text):
-            yield text[done:], None
-
-
 class Tokenizer:
     """What both kinds share: added tokens (mostly special ones) are cut out of the text first.
 
-    path: the vocabulary's file, for messages. added: text -> {"id": ..., and tokenizer.json's flags
-    normalized, single_word, lstrip, rstrip}. size: every other id is below it. vocab_size: every id
-    is below it. bos, eos, pad: ids, or None. What lies between the added tokens is up to a
-    subclass's encode_plain(text) and decode_plain(ids).
+    path: the vocabulary's file, for messages. added: text -> id. size: every other id is below it.
+    vocab_size: every id is below it. bos, eos, pad: ids, or None. A subclass's encode_plain(text)
+    and decode_plain(ids) do what lies between the added tokens.
     """
     bos = eos = pad = None
 
-    def __init__(self, path: Path, added: dict[str, dict], size: int):
-        self.path, self.vocab_size = path, max([size] + [t["id"] + 1 for t in added.values()])
-        self._text_of = {token["id"]: text for text, token in added.items()}
-        # tokens with the flag "normalized" are looked for after normalize(), the others before
-        late = {self.normalize(text): t for text, t in added.items() if t.get("normalized")}
-        self._late, self._exact = _Finder(late), _Finder(
-            {text: t for text, t in added.items() if not t.get("normalized")})
-
-    def normalize(self, text: str) -> str:
-        return text
+    def __init__(self, path: Path, added: dict[str, int], size: int):
+        self.path, self.added = path, added
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        self._text_of = {i: text for text, i in added.items()}
+        longest_first = sorted(added, key=len, reverse=True)
+        self._any_added = regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without bos and eos; special tokens written in it count as such.
@@ -141,12 +105,11 @@ class Tokenizer:
         """
         text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         ids = []
-        for raw, found in self._exact.cut(text):
-            if found is not None:
-                ids.append(found)
-                continue
-            for piece, found in self._late.cut(self.normalize(raw)):
-                ids += self.encode_plain(piece) if found is None else [found]
+        for n, part in enumerate(self._any_added.split(text)):
+            if n % 2:                            # what the pattern found is at the odd places
+                ids.append(self.added[part])
+            elif part:
+                ids += self.encode_plain(part)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -173,10 +136,10 @@ class BPETokenizer(Tokenizer):
     vocabulary lacks it. vocab: all of vocab.json, for decoding tokens that BPE never makes.
     """
 
-    def __init__(self, path: Path, added: dict[str, dict], split: str,
+    def __init__(self, path: Path, added: dict[str, int], split: str,
                  tokens: dict[bytes, int | None], vocab: dict[str, int], nfc: bool = False,
                  prefix_space: bool = False):
-        self.nfc, self.prefix_space = nfc, prefix_space
+        self._nfc, self._prefix_space = nfc, prefix_space
         self._bytes_of = {i: data for data, i in tokens.items() if i is not None}
         for token, i in vocab.items():
             self._bytes_of[i] = _to_bytes(token) or token.encode()
@@ -194,11 +157,9 @@ class BPETokenizer(Tokenizer):
         self._id_of_rank = list(tokens.values())
         self._missing = b"".join(byte for byte in BYTES if tokens[byte] is None)
 
-    def normalize(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text) if self.nfc else text
-
     def encode_plain(self, text: str) -> list[int]:
-        if self.prefix_space and not text.startswith(" "):
+        text = unicodedata.normalize("NFC", text) if self._nfc else text
+        if self._prefix_space and not text.startswith(" "):
             text = " " + text
         data = text.encode()
         if len(data.translate(None, self._missing)) == len(data):
@@ -208,17 +169,11 @@ class BPETokenizer(Tokenizer):
             except ValueError:           # its regular expressions give up on 10^6 spaces in a row
                 pass
         # Word by word instead; tokenizers drops the bytes that the vocabulary lacks from each word.
-        words = (word.encode().translate(None, self._missing) for word in self._words(text))
+        # (The regex module knows letters of Unicode 17 and on, which tiktoken takes for symbols.)
+        words = (match.group().encode() for match in self._split.finditer(text))
+        words = (word.translate(None, self._missing) for word in words)
         return [self._id_of_rank[rank] for word in words if word
                 for rank in self._encoding._encode_single_piece(word)]
-
-    def _words(self, text: str) -> list[str]:
-        """tiktoken's split by the regex module, whose Unicode tables are newer: characters that are
-        letters or numbers only there (none in ordinary text) are masked while it splits."""
-        known = LETTERS.decode(LETTERS.encode(text, disallowed_special=()))
-        newer = set(regex.findall(r"[\p{L}\p{N}]", text)).difference(known)
-        masked = text.translate(dict.fromkeys(map(ord, newer), "\ufffe"))
-        return [text[match.start():match.end()] for match in self._split.finditer(masked)]
 
     def decode_plain(self, ids: list[int]) -> str:
         return b"".join(self._bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
@@ -227,7 +182,7 @@ class BPETokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model, run by sentencepiece itself (`processor`)."""
 
-    def __init__(self, path: Path, added: dict[str, dict], processor):
+    def __init__(self, path: Path, added: dict[str, int], processor):
         super().__init__(path, added, processor.vocab_size())
         self.processor = processor
 
@@ -249,7 +204,7 @@ def _load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
                 raise UserError(f"{path}: {name} {model[name]!r} is not supported")
         normalizers = [step["type"] for step in _steps(spec.get("normalizer"), "normalizers")]
         if normalizers not in ([], ["NFC"]):
-            raise UserError(f"{path}: normalizer {' + '.join(normalizers)} is not supported")
+            raise UserError(f"{path}: normalizer {normalizers} is not supported")
         split, prefix_space = _split_of(path, spec["pre_tokenizer"])
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
         tokens = _in_merge_order(path, model["vocab"], path, pairs, model.get("ignore_merges"),
@@ -410,38 +365,51 @@ def _load_sentencepiece(path: Path, added: list[dict]) -> Tokenizer:
 
 def _finish(make: Callable, path: Path, vocab: dict[str, int], listed: list[dict],
             roles: dict[str, int | None]) -> Tokenizer:
-    """The tokenizer with its added tokens and with bos, eos and pad, found as transformers does.
-
-    Added tokens: `listed`, added_tokens.json, added_tokens_decoder in tokenizer_config.json, and
-    tokens of the vocabulary that a *_token of its configuration names. bos, eos and pad are what
-    the first of these says: special_tokens_map.json (not where there is an added_tokens_decoder),
-    tokenizer_config.json (null means none), `roles`, config.json, generation_config.json.
+    """make(path, added) with bos, eos and pad, each as the first of these says that is there:
+    special_tokens_map.json (where tokenizer_config.json has no added_tokens_decoder), *_token in
+    tokenizer_config.json (null means none), `roles`, config.json, generation_config.json. The first
+    two are transformers' rule.
     """
-    folder = path.parent
-    settings = _read_json(folder / "tokenizer_config.json")
-    with _layout_of(folder / "tokenizer_config.json or special_tokens_map.json"):
-        decoder = settings.get("added_tokens_decoder")
-        listed = listed + [{**token, "id": int(i)} for i, token in (decoder or {}).items()]
-        if decoder is None:
-            settings = settings | _read_json(folder / "special_tokens_map.json")
-        named = {key: value["content"] if isinstance(value, dict) else value
-                 for key, value in settings.items() if key.endswith("_token")}
-        several = settings.get("additional_special_tokens") or []
-        several = [token["content"] if isinstance(token, dict) else token for token in several]
-        added = {text: {"id": vocab[text]} for text in [*named.values(), *several] if text in vocab}
-    with _layout_of(folder / "added_tokens.json"):
-        extra = _read_json(folder / "added_tokens.json")
-        added |= {text: {"id": int(i)} for text, i in extra.items()}
+    settings = _read_json(path.with_name("tokenizer_config.json"))
+    if "added_tokens_decoder" not in settings:
+        settings = settings | _read_json(path.with_name("special_tokens_map.json"))
+    with _layout_of(path.with_name("tokenizer_config.json or special_tokens_map.json")):
+        named = {key: token for key, token in settings.items() if key.endswith("_token")}
+        named |= enumerate(settings.get("additional_special_tokens") or [])
+        named = {key: t["content"] if isinstance(t, dict) else t for key, t in named.items()}
+    added = _added_tokens(path, vocab, listed, named.values())
     with _layout_of(path):
-        added |= {token["content"]: token for token in listed}
-        tokenizer = make(path, {text: token for text, token in added.items() if text})
-    config = _ids_of(folder)
+        tokenizer = make(path, added)
+    config = _ids_of(path.parent)
     tokenizer.vocab_size = max(tokenizer.vocab_size, config.get("vocab_size", 0))
     for role in ROLES:
         name = named.get(f"{role}_token", "")
         usual = config.get(role) if roles.get(role) is None else roles[role]
-        setattr(tokenizer, role, None if name is None else added.get(name, {"id": usual})["id"])
+        setattr(tokenizer, role, None if name is None else added.get(name, usual))
     return tokenizer
+
+
+def _added_tokens(path: Path, vocab: dict[str, int], listed: list[dict],
+                  named: Iterable[str]) -> dict[str, int]:
+    """text -> id of the named tokens that are in the vocabulary, of added_tokens.json, of those
+    `listed` in `path`, and of added_tokens_decoder in tokenizer_config.json."""
+    file = path.with_name("added_tokens.json")
+    sources = {file: [{"content": text, "id": i} for text, i in _read_json(file).items()]}
+    sources[path] = listed
+    file = path.with_name("tokenizer_config.json")
+    with _layout_of(file):
+        decoder = _read_json(file).get("added_tokens_decoder") or {}
+        sources[file] = [token | {"id": i} for i, token in decoder.items()]
+        added = {text: vocab[text] for text in named if text in vocab}
+    for file, tokens in sources.items():
+        with _layout_of(file):
+            for token in tokens:
+                for flag in ("lstrip", "rstrip", "single_word"):
+                    if token.get(flag):
+                        raise UserError(f"{file}: {flag} of {token['content']!r} is not supported")
+                if token["content"]:
+                    added[token["content"]] = int(token["id"])
+    return added
 
 
 def _ids_of(folder: Path) -> dict:
@@ -469,7 +437,8 @@ def _layout_of(path: Path):
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path}: unexpected layout: {type(error).__name__}: {error}") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: unexpected layout: {message}") from error
 
 
 def _read(path: Path) -> bytes:

@@ -11,6 +11,16 @@ from dual_lora import DualLoRALinear, warmup_after
 from lora import AdapterLinear
 
 
+@pytest.fixture(autouse=True)
+def one_thread_and_a_seed():
+    """Threads cost small matrices more than they give, and a seed keeps a test from flickering."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
 class NaiveSign(torch.autograd.Function):
     """The paper's Sign, written once more and otherwise."""
 
@@ -75,7 +85,7 @@ def test_a_hand_worked_2x2_layer_gives_these_numbers():
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (40, 600), (300, 1100)])   # (in, out): 1 to 3 blocks
-@pytest.mark.parametrize("size", [1e-3, 30.0])                        # the clip binds nowhere; often
+@pytest.mark.parametrize("size", [1e-3, 30.0])                        # the clip binds never; often
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_all_gradients_equal_the_naive_definition_in_float64(shape, size, bias):
     layer = dual(*shape, rank=3, dtype=torch.float64, bias=bias)
@@ -124,8 +134,9 @@ def test_the_first_step_sees_the_pretrained_layer_to_the_bit(dtype, bias):
     assert torch.equal(y, layer.base(x))
     y.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in parameters(layer))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(layer(x.float()), layer.base(x.float()))
+    if dtype != torch.float64:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(layer(x.float()), layer.base(x.float()))
 
 
 def test_a_bf16_base_keeps_float32_parameters_and_builds_the_weight_in_float32():
@@ -143,14 +154,15 @@ def test_autocast_does_not_reach_the_signs():
     layer = dual(300, 600)
     x, g = torch.randn(50, 300), 0.01 * torch.randn(50, 600)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = layer(x)
-        W = layer.merged_weight()
+        y, W = layer(x), layer.merged_weight()
+        inside = gradients(layer, layer, x, g.bfloat16())     # backward, too, under autocast
     assert y.dtype == torch.bfloat16 and torch.equal(W, layer.merged_weight())
     assert (y - F.linear(x, W, layer.base.bias)).abs().max() <= 0.02 * y.abs().max()
+    layer.zero_grad()
     y.backward(g.bfloat16())
-    low = layer.D.grad.clone()
-    right = gradients(layer, layer, x, g)[-1]
-    assert (low - right).norm() <= 0.02 * right.norm()
+    assert all(torch.equal(p.grad, d) for p, d in zip(parameters(layer), inside[2:]))
+    for low, right in zip(inside, gradients(layer, layer, x, g)):
+        assert (low - right).norm() <= 0.02 * right.norm()
 
 
 def test_dropout_acts_on_the_update_and_not_on_the_pretrained_weight():
@@ -253,11 +265,13 @@ def test_the_rank_is_split_and_the_scale_follows_the_split():
     assert len(dual(20, 30, rank=8, r1=3, r2=4).C) == 4
 
 
-@pytest.mark.parametrize("wrong", [dict(rank=1), dict(r1=0), dict(r1=4), dict(r2=9), dict(r2=1.5),
-                                   dict(update_warmup=-1), dict(update_warmup=0.5),
-                                   dict(init_std=0.0), dict(init_std=math.nan)])
-def test_wrong_arguments_are_refused_by_name(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong)) + "|r2" if "r1" in wrong else None):
+@pytest.mark.parametrize("wrong, name", [
+    (dict(rank=1), "rank"), (dict(r1=0), "r1"), (dict(r1=4), "r2"), (dict(r2=9), "r1"),
+    (dict(r1=1, r2=9), "r2"), (dict(r2=1.5), "r1"), (dict(update_warmup=-1), "update_warmup"),
+    (dict(update_warmup=0.5), "update_warmup"), (dict(init_std=0.0), "init_std"),
+    (dict(init_std=math.nan), "init_std")])
+def test_wrong_arguments_are_refused_by_name(wrong, name):
+    with pytest.raises(UserError, match=name):
         dual(5, 9, **wrong)
 
 

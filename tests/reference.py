@@ -1,0 +1,65 @@
+"""Small random checkpoints of every family, written by transformers: what the tests compare with."""
+import functools
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig,
+                          Qwen2Config, Qwen3Config)
+
+import convert
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+VOCAB = 97
+SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+             bos_token_id=1, eos_token_id=2)
+GPT2_SMALL = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=128,
+                  bos_token_id=1, eos_token_id=2)
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
+               "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}
+
+CONFIGS = {
+    "gpt2": lambda: GPT2Config(**GPT2_SMALL),
+    "gpt2 with its own n_inner": lambda: GPT2Config(
+        **GPT2_SMALL, n_inner=40, activation_function="gelu_pytorch_tanh"),
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama 1": lambda: LlamaConfig(**SMALL | {"num_key_value_heads": 4}),
+    "llama with a tied head": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama with biases": lambda: LlamaConfig(
+        **SMALL, attention_bias=True, mlp_bias=True, head_dim=16),
+    "llama 3.1": lambda: LlamaConfig(**SMALL, rope_parameters=dict(LLAMA3_ROPE)),
+    "mistral": lambda: MistralConfig(**SMALL, head_dim=16, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, attention_bias=True),
+}
+
+
+def random_model(name: str, std: float = 0.25):
+    """A transformers model whose every weight, norms and biases too, is drawn anew: a tensor in
+    the wrong place cannot go unseen. Logits spread widely, so that greedy choices have margins."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return model
+
+
+@functools.cache
+def checkpoint(name: str):
+    """-> the transformers model, its folder on disk, and ours read from it."""
+    theirs = random_model(name)
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint"))
+    theirs.save_pretrained(folder)
+    ours, _ = convert.load_pretrained(folder)
+    return theirs, folder, ours
+
+
+def some_tokens(batch: int = 3, length: int = 20) -> torch.Tensor:
+    """(batch, length), without the special tokens 0, 1, 2."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
