@@ -269,7 +269,7 @@ class Stored:
     path: Path
     name: str
     shape: tuple
-    dtype: torch.dtype | None           # None: one that we do not know
+    dtype: torch.dtype | None           # None: not plain floating-point numbers
     kept: Tensor | None = None          # for a file that cannot be mapped
 
     def read(self) -> Tensor:
@@ -299,8 +299,8 @@ def stored_in(path: Path) -> list[Stored]:
             if "mmap can only be used" not in str(error):
                 raise
             tensors, mapped = load_bin(path, mmap=False), False
-        return [Stored(path, name, tuple(t.shape), t.dtype, kept=None if mapped else t)
-                for name, t in tensors.items()]
+        return [Stored(path, str(name), tuple(t.shape), t.dtype if t.layout is torch.strided else None,
+                       kept=None if mapped else t) for name, t in tensors.items()]
     except Exception as error:                  # a broken file can break its reader in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path}: cannot read its tensors: {reason}") from None
@@ -342,6 +342,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     dtype None keeps the checkpoint's own; the tokenizer is None where the folder has none.
     UserError: anything missing, left over, misshapen, or that we would compute otherwise.
     """
+    if dtype not in [None, *DTYPES.values()]:
+        raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
     folder = find_folder(path_or_repo)
     config, named = read_config(folder)
     tokenizer = load_tokenizer(folder)
@@ -441,7 +443,7 @@ def match(model: Transformer, tensors: dict[str, Stored], folder: Path) -> dict[
             raise UserError(f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, "
                             f"config.json asks for {shape}")
         if tensor.dtype not in DTYPES.values():
-            raise UserError(f"{tensor.path}: {tensor.name} is not in float of 16, 32 or 64 bits")
+            raise UserError(f"{tensor.path}: {tensor.name} is not of {', '.join(DTYPES)}")
     return plan
 
 

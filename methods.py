@@ -137,8 +137,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
     return [group for group in groups if group["params"]]
 
 
-def _state(model):
-    """What a file holds, by path: the adapter layers without their base; full: every weight."""
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All that training changes, by path: parameters and buffers of the adapter layers without their
+    base; for `full` every weight. The tensors are the model's own: copy into them to restore."""
     if any("kept_adapter" in module.__dict__ for module in model.modules()):
         raise UserError("the model is merged: unmerge it first")
     if METHODS[model.injected["method"]].layer is not None:
@@ -154,7 +155,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     """Writes the adapters (full: every weight) as safetensors; equal runs give equal bytes."""
     if "injected" not in model.__dict__:
         raise UserError(f"{path}: nothing to save: inject the model first")
-    tensors = {name: tensor.contiguous() for name, tensor in _state(model).items()}
+    tensors = {name: tensor.contiguous() for name, tensor in state(model).items()}
     with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, {"adapter": json.dumps(model.injected, sort_keys=True)})
@@ -174,14 +175,14 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             if "adapter" not in (file.metadata() or {}):
                 raise UserError("its metadata has no key `adapter`: not written by this program")
             inject(model, **json.loads(file.metadata()["adapter"]))
-            state = _state(model)
-            expected = {name: list(tensor.shape) for name, tensor in state.items()}
+            own = state(model)
+            expected = {name: list(tensor.shape) for name, tensor in own.items()}
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
             for name in sorted(expected.keys() | found.keys()):
                 if expected.get(name) != found.get(name):
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
-            for name, tensor in state.items():
+            for name, tensor in own.items():
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})

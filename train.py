@@ -30,7 +30,7 @@ from data import TASKS, load_task
 from data.task import Example, collate, encode, target_loss
 from eval import print_scores, read_run, score
 from lora import AdapterLinear
-from methods import METHODS, adapters, inject, param_groups, save, _state as state
+from methods import METHODS, adapters, inject, param_groups, save, state
 
 ROOT = Path(__file__).resolve().parent
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}

@@ -3,6 +3,11 @@
     python data/pretrain.py                                the shipped base, from nothing
     python data/pretrain.py --steps 200 --out /tmp/base    a quick look at the whole path
 A killed run goes on where it stopped: each step's text depends only on the seed and the step.
+
+The shipped base: 2,500 steps (20 M tokens), 41 minutes on one core of a two-core machine that was
+busy with other work, last loss 0.645. Greedy recall of its 3,880 facts: statements 0.999 to 1.000
+by wording; questions 1.000 on taught people, places, animals and things, and 0.995 on untaught
+people, about whom it was never asked.
 """
 import argparse
 import json

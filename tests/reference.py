@@ -1,4 +1,4 @@
-"""Small random checkpoints of every family, written by transformers: what the tests compare with."""
+"""Small random checkpoints of every family, written by transformers, to compare with."""
 import functools
 import tempfile
 from pathlib import Path
@@ -40,13 +40,17 @@ CONFIGS = {
 }
 
 
-def random_model(name: str, std: float = 0.25):
-    """A transformers model whose every weight, norms and biases too, is drawn anew: a tensor in
-    the wrong place cannot go unseen. Logits spread widely, so that greedy choices have margins."""
+def random_model(name: str):
+    """A transformers model whose every weight, norms and biases too, is drawn anew, so that a
+    tensor in the wrong place cannot go unseen; large enough to write many different tokens."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=std)
+    for key, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = 0.2 if any(word in key for word in ("wte", "wpe", "embed", "head")) else 0.5
+            torch.nn.init.normal_(parameter, std=std)
+        else:
+            torch.nn.init.normal_(parameter, mean=0.0 if key.endswith("bias") else 1.0, std=0.2)
     return model
 
 

@@ -178,23 +178,17 @@ def test_rotation_by_hand():
     torch.testing.assert_close(turned, torch.tensor([0.0, 0.0, 1.0, -1.0]))
 
 
-def test_only_distance_counts_for_rotary_positions():
-    _, _, ours = checkpoint("llama")
-    tokens, shift = some_tokens(1, 8), 30
-    padded = torch.cat((torch.zeros(1, shift, dtype=torch.long), tokens), dim=1)
-    with torch.no_grad():       # a mask that hides the padding but no shift of positions
-        cache = ours.make_cache(1, shift + 8)
-        ours(padded[:, :shift], None, cache)
-        everything = torch.ones(1, shift + 8, dtype=torch.bool)
-        hidden = everything.clone()
-        hidden[:, :shift] = False
-        ours_mask = ours.attention_mask
-        ours.attention_mask = lambda mask, T: ours_mask(hidden, T)
-        try:
-            found = ours(tokens, everything, cache)
-        finally:
-            del ours.attention_mask
-        torch.testing.assert_close(found, ours(tokens), atol=1e-4, rtol=0)
+def test_only_the_distance_of_two_tokens_counts():
+    speed = rope_frequencies(small().config, "cpu")
+    q, k = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+
+    def product(at_q, at_k):
+        rope = [torch.tensor(float(at)) * speed for at in (at_q, at_k)]
+        q_turned, k_turned = (rotate(x, torch.cat((a.cos(), a.cos())),
+                                     torch.cat((-a.sin(), a.sin()))) for x, a in zip((q, k), rope))
+        return q_turned @ k_turned
+    torch.testing.assert_close(product(7, 3), product(27, 23))
+    assert abs(product(7, 3) - product(7, 4)) > 1e-3
 
 
 # ---- shape and start
