@@ -14,7 +14,7 @@ named tensors. Reading one goes in the order of this file:
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -88,10 +88,10 @@ class Family:
     names: dict[str, list[str]]         # tensors
     keys: dict[str, str]                # of config.json
     defaults: dict                      # what transformers assumes for a key that is absent
-    fixed: dict = field(default_factory=dict)       # what its code decides, whatever the file says
+    fixed: dict                         # what its code decides, whatever the file says
 
 
-def llama_like(architecture: str, defaults: dict, fixed: dict = {}) -> Family:
+def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
     common = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
               "eos_token_id": None, "pad_token_id": None}
@@ -105,7 +105,7 @@ FAMILIES = {                            # by config.json's model_type
         {"head_dim": None, "attention_bias": True, "mlp_bias": True}),
     "llama": llama_like("LlamaForCausalLM", {
         "num_key_value_heads": None, "max_position_embeddings": 2048,
-        "bos_token_id": 1, "eos_token_id": 2}),
+        "bos_token_id": 1, "eos_token_id": 2}, {}),
     "mistral": llama_like("MistralForCausalLM", {
         "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
         "bos_token_id": 1, "eos_token_id": 2}, {"attention_bias": False, "mlp_bias": False}),
@@ -143,15 +143,14 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> tuple[Config, torch.dtype | None]:
     """-> the folder's Config, and the dtype where its config.json names one."""
     path, extra = folder / "config.json", folder / "generation_config.json"
-    raw = read_json(path)
+    raw, generation = read_json(path), read_json(extra) if extra.exists() else {}
     try:
         config = parse_config(raw)
-        name = raw.get("dtype") or raw.get("torch_dtype")           # since transformers 5, before
+        name = raw.get("dtype") or raw.get("torch_dtype")           # since transformers 5; before
         if name not in [None, *DTYPES]:
             raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
-        if extra.exists():              # overrules: a chat model's turn ends before its text does
-            path = extra
-            config.eos = token_ids(read_json(extra), "eos_token_id") or config.eos
+        path = extra                    # its eos counts: LLaMA-3 instruct ends its turns with one
+        config.eos = token_ids(generation, "eos_token_id") or config.eos
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config, DTYPES.get(name)
@@ -287,19 +286,21 @@ def load_bin(path: Path, mmap: bool = True) -> dict[str, Tensor]:
 
 
 def stored_in(path: Path) -> list[Stored]:
+    """What the file holds, without reading the tensors."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 views = [(name, file.get_slice(name)) for name in file.keys()]
-                return [Stored(path, name, tuple(view.get_shape()), SAFE_DTYPES.get(view.get_dtype()))
-                        for name, view in views]
+                return [Stored(path, name, tuple(v.get_shape()), SAFE_DTYPES.get(v.get_dtype()))
+                        for name, v in views]
         try:
             tensors, mapped = load_bin(path), True
         except RuntimeError as error:           # the format before torch 1.6
             if "mmap can only be used" not in str(error):
                 raise
             tensors, mapped = load_bin(path, mmap=False), False
-        return [Stored(path, str(name), tuple(t.shape), t.dtype if t.layout is torch.strided else None,
+        return [Stored(path, str(name), tuple(t.shape),
+                       t.dtype if t.layout is torch.strided else None,
                        kept=None if mapped else t) for name, t in tensors.items()]
     except Exception as error:                  # a broken file can break its reader in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
@@ -354,7 +355,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     # To copy a tensor takes its size twice for a moment. With the largest first, that moment is
     # over before the model has grown: the peak stays near the model's own size.
     for full in sorted(tensors, key=lambda full: math.prod(tensors[full].shape), reverse=True):
-        whole = tensors[full].read()
+        whole = tensors.pop(full).read()
         whole = whole.t() if is_conv1d(full) else whole
         lengths = [model.get_parameter(ours).shape[0] for ours in plan[full]]
         for ours, part in zip(plan[full], whole.split(lengths)):

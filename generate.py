@@ -20,14 +20,14 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 
 
     temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature) over
     the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019), by a
-    generator that `seed` starts. beams > 1 ignores chance: candidates are compared by
-    sum of log-probabilities / length^length_penalty, as transformers does. no_repeat_ngram = n
+    generator that `seed` starts. beams > 1 compares texts by sum of log-probabilities /
+    length^length_penalty, as transformers does, and leaves nothing to chance. no_repeat_ngram = n
     forbids a token that would repeat n tokens of the sequence, prompt included. eos defaults to
     the config's (a list of ids stops at any of them). Greedy and beams give a prompt the same
     tokens whatever it is batched with.
 
-    UserError: no prompt, an empty prompt, an option out of its range, or a sequence longer than
-    the model's positions.
+    UserError: an empty prompt, a token outside the vocabulary, an option out of its range, or a
+    sequence longer than the model's positions.
     """
     eos = model.config.eos if eos is None else eos
     eos = [eos] if isinstance(eos, int) else list(eos)

@@ -37,10 +37,10 @@ class Method:
 
 
 METHODS = {
-    "full": Method(None, lr=3e-4),
-    "lora": Method(LoRALinear, lr=1e-3),
-    "lora+": Method(LoRALinear, lr=5e-4, lr_ratio=16.0),
-    "dual": Method(DualLoRALinear, lr=1e-3),
+    "full": Method(None, lr=1e-3),
+    "lora": Method(LoRALinear, lr=7e-3),
+    "lora+": Method(LoRALinear, lr=2e-3, lr_ratio=16.0),
+    "dual": Method(DualLoRALinear, lr=7e-3),
 }
 
 

@@ -206,7 +206,7 @@ class Transformer(nn.Module):
         query = torch.arange(S - T, S, device=mask.device)[:, None]
         key = torch.arange(S, device=mask.device)[None, :]
         allowed = (key <= query) & mask[:, None, None, :]
-        # A padding query would see nothing, and softmax over nothing is NaN: it sees itself.
+        # A padding query would see nothing, and softmax over nothing has no value: it sees itself.
         return allowed | (key == query)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None,

@@ -274,10 +274,13 @@ def print_header(args: Namespace, model, task, cut: int) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}, from {args.model}, into {args.out}")
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
-    if adapters(model):
-        print(f"{len(adapters(model))} layers adapted: {args.targets}; " + ", ".join(
-            f"{name} {getattr(args, name)}" for name in
-            ["rank", "alpha", "dropout", "lr_ratio", *METHODS[args.method].hyper]))
+    layers = list(adapters(model).values())
+    if layers:
+        own = {name: getattr(layers[0], name, getattr(args, name))
+               for name in METHODS[args.method].hyper}
+        print(f"{len(layers)} layers adapted: {args.targets}; rank {args.rank}, alpha {args.alpha:g}, "
+              f"dropout {args.dropout:g}, lr_ratio {args.lr_ratio:g}"
+              + "".join(f", {name} {value}" for name, value in own.items()))
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}")
     if cut:

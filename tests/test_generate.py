@@ -33,8 +33,8 @@ def prompts(count: int = 5, seed: int = 3) -> list[list[int]]:
 def by_transformers(model, batch, new, eos, **options) -> list[list[int]]:
     tokens, mask = left_pad(batch, 0, "cpu")
     with torch.no_grad():
-        out = model.generate(tokens, attention_mask=mask.long(), max_new_tokens=new, do_sample=False,
-                             eos_token_id=eos or NEVER, pad_token_id=0, **options)
+        out = model.generate(tokens, attention_mask=mask.long(), max_new_tokens=new,
+                             do_sample=False, eos_token_id=eos or NEVER, pad_token_id=0, **options)
     texts = [row[tokens.shape[1]:].tolist() for row in out]
     ends = [next((i for i, token in enumerate(text) if token in eos), len(text)) for text in texts]
     return [text[:end] for text, end in zip(texts, ends)]
@@ -80,7 +80,8 @@ def test_beams_that_repeat_no_ngram_equal_transformers(family):
     eos = frequent_eos(family, 1)
     repetitive = [[5, 6, 7, 8] * 2 + prompt for prompt in prompts()]    # something to forbid
     for n in (4, 2):
-        found = generate(ours, repetitive, 20, beams=4, length_penalty=0.8, no_repeat_ngram=n, eos=eos)
+        found = generate(ours, repetitive, 20, beams=4, length_penalty=0.8, no_repeat_ngram=n,
+                         eos=eos)
         expected = [by_transformers(theirs, [p], 20, num_beams=4, eos=eos, length_penalty=0.8,
                                     no_repeat_ngram_size=n)[0] for p in repetitive]
         assert found == expected
