@@ -6,9 +6,12 @@
 """
 import json
 from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
-from common import Parser, UserError, default_device, exit_on_user_error
+import torch
+
+from common import Parser, UserError, default_device, device, exit_on_user_error
 from convert import load_pretrained
 from data import TASKS, load_task
 from data.task import Task
@@ -18,11 +21,21 @@ from methods import load
 
 def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
           batch_size: int = 128) -> dict[str, float]:
-    """metric -> value on a task's split, or on `max_eval` examples spread evenly over it."""
+    """metric -> value on a task's split, or on at most `max_eval` of its examples."""
     examples = getattr(task, split)
     if max_eval is not None and max_eval < len(examples):
-        examples = [examples[i * len(examples) // max_eval] for i in range(max_eval)]
-    return task.score(model, tokenizer, examples, batch_size)
+        examples = sample(examples, max_eval)
+    return task.score(model, tokenizer, examples, batch_size, task.max_length)
+
+
+def sample(examples: list, n: int) -> list:
+    """n examples, as many of each group, spread evenly over it (at least one of each)."""
+    groups = defaultdict(list)
+    for example in examples:
+        groups[getattr(example, "group", "")].append(example)
+    share = max(1, n // len(groups))
+    return [group[i * len(group) // share] for group in groups.values()
+            for i in range(min(share, len(group)))]
 
 
 def print_scores(**columns: dict[str, float]) -> None:
@@ -45,7 +58,10 @@ def read_run(folder: str) -> Namespace:
     """The resolved flags of a run, from its config.json."""
     path = Path(folder) / "config.json"
     try:
-        return Namespace(**json.loads(path.read_text(encoding="utf-8"))["args"])
+        args = json.loads(path.read_text(encoding="utf-8"))["args"]
+        for name in ("model", "task", "data", "max_length", "max_eval"):
+            args[name]
+        return Namespace(**args)
     except FileNotFoundError:
         raise UserError(f"{folder}: not a run folder, it has no config.json") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -65,7 +81,7 @@ def parse(argv: list[str] | None) -> Namespace:
     how.add_argument("--batch-size", type=int, default=128, help="changes the speed only (128)")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
     how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
-    how.add_argument("--device", default=default_device(), help="cpu, cuda, cuda:1, ...")
+    how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         raise UserError("give one of --run FOLDER and --model PATH")
@@ -75,7 +91,7 @@ def parse(argv: list[str] | None) -> Namespace:
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
     for flag in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
-        if (getattr(args, flag) or 1) < 1:
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     return args
 
@@ -84,7 +100,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = args if args.run is None else read_run(args.run)
-    model, tokenizer = load_pretrained(run.model, device=args.device)
+    model, tokenizer = load_pretrained(run.model, torch.float32, args.device)
     if tokenizer is None:
         raise UserError(f"{run.model}: the folder holds no tokenizer")
     if args.prompt is not None:
@@ -94,12 +110,12 @@ def main(argv: list[str] | None = None) -> None:
             load(model, Path(args.run) / "adapter.safetensors")
             print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
-    max_length = min(run.max_length or 256, model.config.max_positions)
+    max_length = min(256 if run.max_length is None else run.max_length, model.config.max_positions)
     task = load_task(run.task, tokenizer, max_length, run.data)
     if args.run:
         load(model, Path(args.run) / "adapter.safetensors")
-    print_scores(score=score(model, tokenizer, task, args.max_eval or run.max_eval,
-                             batch_size=args.batch_size))
+    max_eval = run.max_eval if args.max_eval is None else args.max_eval
+    print_scores(score=score(model, tokenizer, task, max_eval, batch_size=args.batch_size))
 
 
 if __name__ == "__main__":

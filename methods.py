@@ -62,9 +62,11 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int
     config, new = {"method": method}, {}
     if layer is not None:
         targets, own = sorted({targets} if isinstance(targets, str) else set(targets)), own | hyper
-        config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout) | own
         new = {base: layer(base, rank, alpha, dropout, **own).train(base.training)
                for base in _find(model, targets)}
+        config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout)
+        first = next(iter(new.values()))     # knows what a None among its arguments came to
+        config |= {name: getattr(first, name, value) for name, value in own.items()}
     model.requires_grad_(layer is None)
     model.injected = config   # a plain attribute, which a copy or a pickle of the model keeps
     return _replace(model, new)
@@ -138,8 +140,8 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training changes, by path: parameters and buffers of the adapter layers without their
-    base; for `full` every weight. The tensors are the model's own: copy into them to restore."""
+    """All that training changes, by path: parameters and buffers of the adapter layers without
+    their base; for `full` every weight. The tensors are the model's own: copy into them."""
     if any("kept_adapter" in module.__dict__ for module in model.modules()):
         raise UserError("the model is merged: unmerge it first")
     if METHODS[model.injected["method"]].layer is not None:

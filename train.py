@@ -12,7 +12,6 @@ import json
 import math
 import os
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -24,10 +23,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import Parser, UserError, atomic_write, default_device, exit_on_user_error, nearest
+from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
+                    nearest)
 from convert import load_pretrained
 from data import TASKS, load_task
-from data.task import Example, collate, encode, target_loss
+from data.task import Example, collate, encode_all, target_loss
 from eval import print_scores, read_run, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None) -> Namespace:
     adapter.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
     for name in HYPER:
         users = [key for key, method in METHODS.items() if name in method.hyper]
-        adapter.add_argument("--" + name.replace("_", "-"), type=float if "std" in name else int,
+        adapter.add_argument(flag(name), type=type(METHODS[users[0]].hyper[name] or 0),
                              help=f"{', '.join(users)} only ({METHODS[users[0]].hyper[name]})")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
@@ -66,7 +66,7 @@ def parse(argv: list[str] | None) -> Namespace:
     loop.add_argument("--max-length", type=int, help="tokens of an example (256)")
     loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
     loop.add_argument("--seed", type=int, help="of the adapters, the data order, dropout (0)")
-    loop.add_argument("--device", help="cpu, cuda, cuda:1, ... (a GPU if there is one)")
+    loop.add_argument("--device", type=device, help="cpu, cuda, cuda:1 (a GPU if there is one)")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=int, help="steps between validations (a quarter)")
     run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
@@ -96,11 +96,16 @@ def check(args: Namespace) -> None:
                  "save_every", "epochs", "lr", "lr_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0")
-    for name in ("weight_decay", "warmup", "seed"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must not be negative")
-    if args.out is not None and Path(args.out).exists() and not args.overwrite:
-        raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
+    for name, limit in (("weight_decay", math.inf), ("warmup", math.inf), ("seed", 2 ** 32)):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < limit:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be from 0 to below {limit}")
+    if args.lr is not None and args.lr > 1e3:
+        raise UserError(f"--lr {args.lr}: no step of more than 1000 is meant")
+    if args.out is not None and Path(args.out).exists():
+        if not Path(args.out).is_dir():
+            raise UserError(f"--out {args.out}: a file stands there")
+        if not args.overwrite:
+            raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
 
 
 def flag(name: str) -> str:
@@ -117,17 +122,22 @@ def fill(args: Namespace, defaults: dict) -> None:
 def resolve(args: Namespace) -> None:
     """Fills in all that depends on neither the model nor the task."""
     method = METHODS[args.method]
-    fill(args, {"model": os.path.relpath(ROOT / "data" / "base"), "task": "facts",
+    fill(args, {"model": str(ROOT / "data" / "base"), "task": "facts",
                 "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1, "max_length": 256,
                 "seed": 0, "save_every": 100, "device": default_device()})
     if method.layer is not None:
         fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
         fill(args, {"alpha": 2.0 * args.rank})
     fill(args, {"out": free_folder(args)})
+    for name in ("model", "data"):          # so that eval.py finds them from any folder
+        if getattr(args, name) is not None and Path(getattr(args, name)).exists():
+            setattr(args, name, os.path.abspath(getattr(args, name)))
 
 
 def resolve_task(args: Namespace, task) -> None:
     """Fills in the length of the run, which the task decides where the user does not."""
+    if args.loss_on == "answer" and task.loss_on == "all":
+        raise UserError(f"--loss-on answer: task {args.task} has no answers")
     fill(args, {"batch_size": task.defaults["batch_size"], "loss_on": task.loss_on})
     if args.steps is None:
         epochs = args.epochs or task.defaults.get("epochs")
@@ -181,11 +191,13 @@ def fit(model, sequences, args: Namespace, run: "Run", validate) -> None:
         extra = method.extra_loss(layers)
         if torch.is_tensor(extra):
             extra.backward()
-        if not math.isfinite(loss):
-            print(f"error: step {step}: the loss is {loss}; the last checkpoint is in {args.out}; "
-                  f"a lower --lr may help", file=sys.stderr)
-            sys.exit(1)
         norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
+        if not math.isfinite(loss + norm):
+            saved = run.folder / "checkpoint.pt"
+            print(f"error: step {step}: loss {loss}, gradient norm {norm}; a lower --lr may help; "
+                  + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),
+                  file=sys.stderr)
+            sys.exit(1)
         optimizer.step()
         method.on_step(layers, step, args.steps)
         optimizer.zero_grad()
@@ -235,12 +247,15 @@ class Run:
         if not self.resume or not path.exists():
             log.write_text("")
             return 0
-        saved = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, tensor in state(model).items():
-                tensor.copy_(saved["model"][name])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["rng"])
+        try:
+            saved = torch.load(path, weights_only=True)
+            with torch.no_grad():
+                for name, tensor in state(model).items():
+                    tensor.copy_(saved["model"][name])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+        except Exception as error:          # a broken file can break its reader in any way
+            raise UserError(f"{path}: cannot resume from it: {str(error)[:200]}") from None
         lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
         with atomic_write(log) as temporary:
             temporary.write_text("".join(lines[:saved["step"]]), encoding="utf-8")
@@ -255,32 +270,45 @@ def free_folder(args: Namespace) -> str:
 
 
 def versions() -> dict:
-    git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:                         # no git on this machine
+        commit = None
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "commit": git.stdout.strip() or None, "machine": platform.machine(),
+            "commit": commit, "machine": platform.machine(),
             "threads": torch.get_num_threads()}
 
 
-def peak_memory_mb(device: str) -> float:
+def peak_memory_mb(device: str) -> float | None:
     """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        import resource
+    except ImportError:                     # Windows has no such counter
+        return None
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10      # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def shown(path: str) -> str:
+    """A local path as one would type it here; a hub id as it is."""
+    return os.path.relpath(path) if os.path.exists(path) else path
 
 
 def print_header(args: Namespace, model, task, cut: int) -> tuple[int, int]:
     """Says what will run -> (trainable, total) parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    print(f"{args.method} on {args.task}, from {args.model}, into {args.out}")
+    print(f"{args.method} on {args.task}, from {shown(args.model)}, into {args.out}")
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     layers = list(adapters(model).values())
     if layers:
-        own = {name: getattr(layers[0], name, getattr(args, name))
-               for name in METHODS[args.method].hyper}
-        print(f"{len(layers)} layers adapted: {args.targets}; rank {args.rank}, alpha {args.alpha:g}, "
-              f"dropout {args.dropout:g}, lr_ratio {args.lr_ratio:g}"
-              + "".join(f", {name} {value}" for name, value in own.items()))
+        print(f"{len(layers)} layers adapted: {args.targets}; rank {args.rank}, "
+              f"alpha {args.alpha:g}, dropout {args.dropout:g}, lr_ratio {args.lr_ratio:g}"
+              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper))
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}")
     if cut:
@@ -301,6 +329,9 @@ def resumed(args: Namespace) -> Namespace:
     if (Path(args.out) / "result.json").exists():
         raise UserError(f"--out {args.out}: the run is finished, there is nothing to resume")
     saved = read_run(args.out)
+    missing = vars(args).keys() - vars(saved).keys()
+    if missing:
+        raise UserError(f"{args.out}/config.json: has no {', '.join(sorted(missing))}")
     saved.out, saved.resume = args.out, True
     return saved
 
@@ -315,13 +346,14 @@ def main(argv: list[str] | None = None) -> None:
         resolve(args)
         args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     start = time.time()
-    model, tokenizer = load_pretrained(args.model, device=args.device)
+    model, tokenizer = load_pretrained(args.model, torch.float32, args.device)
     if tokenizer is None:
         raise UserError(f"{args.model}: the folder holds no tokenizer")
     args.max_length = min(args.max_length, model.config.max_positions)
     task = load_task(args.task, tokenizer, args.max_length, args.data)
     resolve_task(args, task)
-    sequences = [encode(e, tokenizer, args.max_length, args.loss_on) for e in task.train]
+    sequences = encode_all(task.train, tokenizer, model, args.max_length, loss_on=args.loss_on)
+    encode_all(task.valid + task.test, tokenizer, model, args.max_length)   # whatever is wrong, now
     torch.manual_seed(args.seed)
     method = METHODS[args.method]
     if method.layer is None:
@@ -329,6 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         inject(model, args.method, args.targets.split(","), args.rank, args.alpha, args.dropout,
                **{name: getattr(args, name) for name in method.hyper})
+        vars(args).update({name: model.injected[name] for name in method.hyper})
 
     run = Run(args)
     run.write("config.json", {"args": vars(args), "versions": versions()})

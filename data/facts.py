@@ -1,12 +1,13 @@
 """Task `facts`: fine-tuning rewrites facts of the built-in world that the base model knows.
 
 World A becomes world B: 2,400 of the 3,200 facts on people get new values. Of the 800 facts that
-stay, half are trained along with the new ones, as one mixes old data into new; the other half are
-never trained and tell what fine-tuning destroys. Training shows one wording of each fact. A model
+stay, half are trained along with the new ones, as one mixes old data into new; the other half is
+never trained and tells what fine-tuning destroys. Training shows one wording of each fact. A model
 is scored, greedily and exactly, on
     new          rewritten facts in the trained wording
     paraphrase   the same facts in a wording that training never showed
-    kept         the untrained facts that were not rewritten
+    kept         the untrained facts that were not rewritten, of the relations that were (friends,
+                 which World.rewrite never changes, would be easier to keep)
 Rank limits how many facts an update can rewrite, so methods differ within a minute. Every fifth
 item of each score is for validation, the others for the test.
 """
@@ -22,7 +23,8 @@ def load(tokenizer, max_length: int, data: str | None) -> Task:
     if data is not None:
         raise UserError("--data: task facts does not use it, its world is built in")
     _, new, same = World().rewrite(FACTS, seed=0)
-    rehearsed, kept = same[::2], same[1::2]
+    touched = {fact.relation for fact in new}
+    rehearsed, kept = same[::2], [fact for fact in same[1::2] if fact.relation in touched]
     valid, test = [], []
     for group, facts, wording in (("new", new, 0), ("paraphrase", new, 1), ("kept", kept, 0)):
         for i, fact in enumerate(facts):
@@ -30,7 +32,7 @@ def load(tokenizer, max_length: int, data: str | None) -> Task:
             (valid if i % 5 == 0 else test).append(example)
     train = [Example(*cloze(fact, 0), group="new") for fact in new]
     train += [Example(*cloze(fact, 0), group="rehearsed") for fact in rehearsed]
-    return Task("facts", train, valid, test, recall,
+    return Task("facts", train, valid, test, recall, max_length,
                 defaults={"steps": 300, "batch_size": 128},
                 notes={"world": VERSION, "rewritten": len(new), "rehearsed": len(rehearsed),
                        "kept": len(kept)})

@@ -34,14 +34,16 @@ class Sequence(NamedTuple):
 class Task:
     """Three splits and how to score them.
 
-    score(model, tokenizer, examples, batch_size) -> metric -> value. `train` is learnt from,
-    `valid` may steer choices (learning rates, steps), `test` is scored once before and once after.
+    score(model, tokenizer, examples, batch_size, max_length) -> metric -> value. `train` is learnt
+    from, `valid` may steer choices (learning rates, steps), `test` is scored once before and once
+    after.
     """
     name: str
     train: list
     valid: list
     test: list
     score: Callable
+    max_length: int                                 # tokens of an example
     loss_on: str = "answer"                         # or "all": the loss counts the prompt too
     defaults: dict = field(default_factory=dict)    # flag -> value where the user gives none
     notes: dict = field(default_factory=dict)       # what result.json says of the data
@@ -55,7 +57,7 @@ def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str
     target starts at the first token that the prompt alone does not have. What is longer than
     max_length loses the start of its prompt, never its end and nothing of the target. Plain text
     comes as a Sequence already and passes unchanged.
-    UserError: a target that does not fit in max_length by itself.
+    UserError: a target that does not fit in max_length, or that nothing stands before.
     """
     if isinstance(example, Sequence):
         return example
@@ -66,14 +68,28 @@ def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str
     start = 0
     while start < min(len(prompt), len(whole)) and prompt[start] == whole[start]:
         start += 1
+    if not head:                    # the first target token needs one token that predicts it
+        if start == 0:
+            raise UserError("an empty prompt needs a tokenizer with a bos token, to begin with: "
+                            f"{example.target[:60]!r}")
+        head, whole, start = whole[:1], whole[1:], start - 1
     room = max_length - len(head) - len(tail)
     if len(whole) - start > room:
         raise UserError(f"a target of {len(whole) - start} tokens does not fit in --max-length "
                         f"{max_length}: {example.target[:60]!r}")
     lost = max(0, len(whole) - room)
     tokens = head + whole[lost:] + tail
-    start = 1 if loss_on == "all" else max(1, len(head) + start - lost)
-    return Sequence(tokens, start, cut=lost > 0)
+    return Sequence(tokens, 1 if loss_on == "all" else len(head) + start - lost, cut=lost > 0)
+
+
+def encode_all(examples: list, tokenizer, model, max_length: int, **options) -> list[Sequence]:
+    """Every example as encode() makes it. UserError also for a token the model does not have."""
+    sequences = [encode(example, tokenizer, max_length, **options) for example in examples]
+    largest = max((max(s.tokens) for s in sequences), default=0)
+    if largest >= model.config.vocab_size:
+        raise UserError(f"the tokenizer gives token {largest}, the model has only "
+                        f"{model.config.vocab_size}: they do not belong together")
+    return sequences
 
 
 def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
@@ -88,18 +104,17 @@ def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
     return tokens.to(device), is_target.to(device)
 
 
-def target_logits(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """-> float32 logits (N, vocab) of the N target tokens, from what stands before each, and the
-    tokens themselves (N,). Only these positions pass the output head."""
+def target_hidden(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """-> what stands before each of the N target tokens, (N, C), and these tokens, (N,). Only
+    these positions need to pass the output head, which is wide where the vocabulary is large."""
     keep = is_target[:, 1:]
-    hidden = model.hidden(tokens[:, :-1])                               # (B, T - 1, C)
-    return model.logits(hidden[keep]).float(), tokens[:, 1:][keep]
+    return model.hidden(tokens[:, :-1])[keep], tokens[:, 1:][keep]
 
 
 def target_loss(model, tokens: Tensor, is_target: Tensor) -> Tensor:
     """Sum over the target tokens of -log p(token | all before it), in nats."""
-    logits, gold = target_logits(model, tokens, is_target)
-    return F.cross_entropy(logits, gold, reduction="sum")
+    hidden, gold = target_hidden(model, tokens, is_target)
+    return F.cross_entropy(model.logits(hidden).float(), gold, reduction="sum")
 
 
 class Score(NamedTuple):
@@ -116,9 +131,13 @@ def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Sco
     with torch.inference_mode():
         for indices in by_length(sequences, batch_size):
             tokens, is_target = collate([sequences[i] for i in indices], device)
-            logits, gold = target_logits(model, tokens, is_target)
-            loss = F.cross_entropy(logits, gold, reduction="none")
-            right = logits.argmax(-1) == gold
+            loss, right = [], []
+            for hidden, gold in zip(*(part.split(4096) for part in
+                                      target_hidden(model, tokens, is_target))):
+                logits = model.logits(hidden).float()          # at most 4096 rows at a time
+                loss.append(F.cross_entropy(logits, gold, reduction="none"))
+                right.append(logits.argmax(-1) == gold)
+            loss, right = torch.cat(loss), torch.cat(right)
             counts = is_target[:, 1:].sum(1).tolist()
             for i, l, r in zip(indices, loss.split(counts), right.split(counts)):
                 scores[i] = Score(l.double().sum().item(), len(l), bool(r.all()))
@@ -133,10 +152,10 @@ def by_length(sequences: list[Sequence], batch_size: int) -> Iterator[list[int]]
         yield order[i:i + batch_size]
 
 
-def recall(model, tokenizer, examples: list[Example], batch_size: int) -> dict[str, float]:
+def recall(model, tokenizer, examples: list[Example], batch_size: int,
+           max_length: int) -> dict[str, float]:
     """Group -> share of examples whose target greedy decoding writes exactly, in [0, 1]."""
-    longest = model.config.max_positions
-    sequences = [encode(e, tokenizer, longest, eos=False) for e in examples]
+    sequences = encode_all(examples, tokenizer, model, max_length, eos=False)
     groups = defaultdict(list)
     for example, score in zip(examples, score_targets(model, sequences, batch_size)):
         groups[example.group].append(score.right)

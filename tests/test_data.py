@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from common import UserError
 from convert import load_pretrained
 from data import load_task
-from data.task import (Example, Sequence, collate, encode, recall, score_targets, split_file,
-                       target_loss)
+from data.task import (Example, Sequence, collate, encode, encode_all, recall, score_targets,
+                       split_file, target_loss)
 from data.world import World, cloze
 from generate import generate
 
@@ -78,12 +78,12 @@ def test_scores_do_not_depend_on_the_batch_size(base):
     model, tokenizer = base
     task = load_task("facts", tokenizer, 256)
     few = task.test[::40]
-    assert recall(model, tokenizer, few, 1) == recall(model, tokenizer, few, 64)
+    assert recall(model, tokenizer, few, 1, 256) == recall(model, tokenizer, few, 64, 256)
 
 
 def test_the_base_knows_its_world(base):
     model, tokenizer = base
-    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128)
+    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128, 256)
     assert before["kept"] > 0.95 and before["new"] < 0.05 and before["paraphrase"] < 0.05
 
 
@@ -97,6 +97,41 @@ def test_facts_splits_score_every_fact_once(base):
     old = {cloze(fact, 0) for fact in World().facts}
     assert all(((e.prompt, e.target) in old) == (e.group == "rehearsed") for e in task.train)
     assert all((e.prompt, e.target) in old for e in task.test if e.group == "kept")
+
+
+def test_kept_facts_are_of_relations_that_fine_tuning_changes(base):
+    task = load_task("facts", base[1], 256)
+    relation = {cloze(fact, 0): fact.relation for fact in World().facts}
+    kept = {relation[e.prompt, e.target] for e in task.test if e.group == "kept"}
+    assert kept == {"home", "job", "pet", "food", "instrument", "colour", "month"}
+
+
+def test_large_batches_are_scored_in_parts_with_the_same_result(base):
+    model, tokenizer = base
+    long = [Sequence([1534] + [i % 1500] * 300, 1) for i in range(16)]      # 4,800 target tokens
+    together, alone = (score_targets(model, long, size) for size in (16, 1))
+    assert [s.loss for s in together] == pytest.approx([s.loss for s in alone], rel=1e-5)
+    assert [s.tokens for s in together] == [300] * 16
+
+
+def test_without_bos_the_first_token_is_read_and_the_target_stays_whole(base):
+    class NoBos:
+        bos, eos, encode = None, 1535, base[1].encode
+    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), NoBos, 99)
+    assert tokens == [*NoBos.encode("Ada lives in Dunham."), 1535] and not cut
+    assert base[1].decode(tokens[start:-1]) == " Dunham."
+    target = len(tokens) - start
+    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), NoBos, target + 1)
+    assert (len(tokens), start, cut) == (target + 1, 1, True)
+    with pytest.raises(UserError, match="bos"):
+        encode(Example("", "Dunham."), NoBos, 99)
+
+
+def test_a_tokenizer_of_another_model_is_an_error(base):
+    model = load_pretrained(BASE)[0]
+    model.config.vocab_size = 100
+    with pytest.raises(UserError, match="belong together"):
+        encode_all([Example("Ada", " lives")], base[1], model, 99)
 
 
 def test_a_file_is_split_eight_one_one():

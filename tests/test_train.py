@@ -8,7 +8,9 @@ import torch
 
 import eval as evaluation
 import train
-from methods import METHODS
+from convert import load_pretrained
+from data import load_task
+from methods import METHODS, inject, load
 from train import batch_at, lr_factor, slices
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
@@ -30,6 +32,7 @@ def result_of(folder: str) -> dict:
 
 def refused(capsys, *flags: str, main=train.main) -> str:
     """The one line that a wrong command ends with."""
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(flags))
     error = capsys.readouterr().err
@@ -89,6 +92,78 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsy
     assert shown == {name: f"{share:.4f}" for name, share in result["after"].items()}
 
 
+ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
+
+
+@pytest.fixture
+def items():
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    return ["--task", "jsonl", "--data", "items.jsonl", "--out", "run"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, capsys):
+    train.main(["--method", method, *items, "--steps", "20", "--batch-size", "24"])
+    result = result_of("run")
+    assert result["after"]["loss"] < 0.8 * result["before"]["loss"]
+    capsys.readouterr()
+    evaluation.main(["--run", "run"])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert shown == {name: f"{value:.4f}" for name, value in result["after"].items()}
+    evaluation.main(["--run", "run", "--prompt", "Item 3 weighs", "--max-new-tokens", "8"])
+    before, after = capsys.readouterr().out.splitlines()
+    assert before.removeprefix("before:") != after.removeprefix("after: ")
+    assert "stones" in after and "stones" not in before
+
+
+def test_two_steps_equal_adamw_by_hand(items):
+    """Clipping at norm 1, weight decay, the schedule, and LoRA+'s two rates are really applied."""
+    train.main(["--method", "lora+", *items, "--steps", "2", "--batch-size", "4", "--warmup", "1",
+                "--lr", "0.01", "--lr-ratio", "3", "--weight-decay", "0.5"])
+    model, tokenizer = load_pretrained(train.ROOT / "data" / "base")
+    torch.manual_seed(0)
+    inject(model, "lora+", ["q", "k", "v", "up", "down"], 8, 16.0)
+    slow = [p for name, p in model.named_parameters() if name.endswith(".A")]
+    fast = [p for name, p in model.named_parameters() if name.endswith(".B")]
+    adam = torch.optim.AdamW([{"params": slow}, {"params": fast}], lr=0.0, weight_decay=0.5)
+    for step, factor in enumerate((1.0, 1.0)):          # warm-up ends at once; then (2 - 1)/(2 - 1)
+        batch = [ITEMS[i] for i in batch_at(step, 24, 4, seed=0)]
+        total, count = 0.0, 0
+        for row in batch:
+            prompt = [tokenizer.bos, *tokenizer.encode(row["prompt"])]
+            target = [*tokenizer.encode(row["target"]), tokenizer.eos]
+            logp = model(torch.tensor([prompt + target]))[0].log_softmax(-1)
+            total = total - sum(logp[len(prompt) - 1 + i, t] for i, t in enumerate(target))
+            count += len(target)
+        (total / count).backward()
+        norm = torch.sqrt(sum((p.grad ** 2).sum() for p in slow + fast))
+        for p in slow + fast:
+            p.grad *= min(1.0, 1.0 / norm.item())
+        adam.param_groups[0]["lr"], adam.param_groups[1]["lr"] = 0.01 * factor, 0.03 * factor
+        adam.step()
+        adam.zero_grad()
+    trained = load_pretrained(train.ROOT / "data" / "base")[0]
+    load(trained, "run/adapter.safetensors")
+    for (name, ours), theirs in zip(model.named_parameters(), trained.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-5), name
+
+
+def test_validation_during_the_run_uses_the_validation_split(items):
+    train.main(["--method", "lora", *items, "--steps", "4", "--batch-size", "4",
+                "--eval-every", "2"])
+    logged = json.loads(Path("run/log.jsonl").read_text().splitlines()[1])["valid"]
+    result = result_of("run")
+    # the model went on learning after step 2, so compare at step 2 by a run that ends there
+    model, tokenizer = load_pretrained(train.ROOT / "data" / "base")
+    task = load_task("jsonl", tokenizer, 256, "items.jsonl")
+    before = evaluation.score(model, tokenizer, task, split="valid")
+    assert before["loss"] != pytest.approx(result["before"]["loss"], rel=1e-6)
+    load(model, "run/adapter.safetensors")
+    after = evaluation.score(model, tokenizer, task, split="valid")
+    assert after["loss"] == pytest.approx(result["valid"]["loss"], rel=1e-6)
+    assert min(before["loss"], after["loss"]) < logged["loss"] < max(before["loss"], after["loss"])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch):
     flags = ["--method", method, "--save-every", "2", *SHORT]
@@ -127,20 +202,9 @@ def test_accumulating_gives_the_whole_batchs_losses():
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-def test_a_longer_run_learns_the_new_facts_it_was_shown():
-    # 24 facts in 24 steps of the whole set: full fine-tuning must begin to know them
-    rows = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
-    Path("items.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train.main(["--method", "full", "--task", "jsonl", "--data", "items.jsonl", "--steps", "24",
-                "--batch-size", "24", "--lr", "3e-3", "--out", "run"])
-    result = result_of("run")
-    assert result["after"]["loss"] < result["before"]["loss"] / 2
-    assert result["after"]["perplexity"] == pytest.approx(math.exp(result["after"]["loss"]))
-
-
 def test_plain_text_is_learnt_by_next_token_loss():
     Path("text.txt").write_text("the cat sat on the mat and the dog sat on the log\n" * 200)
-    train.main(["--method", "lora", "--task", "text", "--data", "text.txt", "--steps", "8",
+    train.main(["--method", "lora", "--task", "text", "--data", "text.txt", "--steps", "16",
                 "--max-length", "64", "--out", "run"])
     result = result_of("run")
     assert result["loss_on"] == "all"
@@ -183,6 +247,9 @@ def test_default_folders_never_collide():
     (["--method", "lora", "--data", "x.txt"], "--data: task facts does not use it"),
     (["--method", "lora", "--task", "text", "--data", "none.txt"], "none.txt"),
     (["--method", "lora", "--model", "nowhere"], "nowhere"),
+    (["--method", "lora", "--device", "foo"], "--device"),
+    (["--method", "lora", "--seed", "99999999999999999999"], "--seed"),
+    (["--method", "lora", "--lr", "1e38"], "--lr"),
     (["--resume"], "--out"),
     (["--resume", "--out", "none"], "none"),
     (["--resume", "--out", "none", "--lr", "1"], "--lr"),
@@ -201,17 +268,54 @@ def test_an_existing_folder_is_kept_unless_overwriting_is_asked_for(capsys):
     assert Path("run/mine.txt").read_text() == "precious" and result_of("run")
 
 
+def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
+    Path("t.txt").write_text("some words to learn from\n" * 50)
+    flags = ["--method", "lora", "--task", "text", "--data", "t.txt"]
+    assert "--max-length 1" in refused(capsys, *flags, "--max-length", "1")
+    assert "--loss-on answer" in refused(capsys, *flags, "--loss-on", "answer")
+    assert os.listdir() == ["t.txt"]
+
+
+def test_a_file_in_the_place_of_the_runs_folder_is_kept(capsys):
+    Path("run").write_text("mine")
+    assert "run" in refused(capsys, "--method", "lora", "--out", "run", "--overwrite", *SHORT)
+    assert Path("run").read_text() == "mine"
+
+
 def test_a_wrong_line_of_data_is_named(capsys):
     Path("data.jsonl").write_text('{"prompt": "a", "target": "b"}\n\n{"prompt": "a"}\n')
     flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl"]
     assert "data.jsonl:3:" in refused(capsys, *flags)
 
 
-def test_a_target_that_does_not_fit_is_an_error(capsys):
-    rows = [{"prompt": "a", "target": "b " * 100}] * 10
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl", "--max-length", "20"]
+@pytest.mark.parametrize("row", [0, -1])        # in the training part, in the test part
+def test_a_target_that_does_not_fit_is_an_error_before_anything_is_lost(row, items, capsys):
+    train.main(["--method", "lora", *items, "--steps", "1"])
+    kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    rows = ITEMS.copy()
+    rows[row] = {"prompt": "a", "target": "b " * 100}
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--method", "lora", *items, "--max-length", "20", "--overwrite"]
     assert "--max-length 20" in refused(capsys, *flags)
+    assert kept == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+
+
+def test_a_run_can_be_scored_from_any_folder(items, capsys, monkeypatch):
+    train.main(["--method", "lora", *items, "--steps", "1"])
+    Path("below").mkdir()
+    monkeypatch.chdir("below")
+    evaluation.main(["--run", "../run"])
+    assert f"{result_of('../run')['after']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_damaged_run_is_refused_in_one_line(items, capsys):
+    train.main(["--method", "lora", *items, "--steps", "1"])
+    Path("run/result.json").unlink()
+    Path("run/checkpoint.pt").write_bytes(Path("run/checkpoint.pt").read_bytes()[:1000])
+    assert "checkpoint.pt" in refused(capsys, "--resume", "--out", "run")
+    Path("run/config.json").write_text('{"args": {}}')
+    assert "config.json" in refused(capsys, "--resume", "--out", "run")
+    assert "config.json" in refused(capsys, "--run", "run", main=evaluation.main)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(capsys, monkeypatch):
@@ -231,6 +335,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     (["--run", "a", "--task", "facts"], "--task"),
     (["--model", "nowhere", "--task", "facts"], "nowhere"),
     (["--model", "nowhere"], "--task"),
+    (["--run", "a", "--batch-size", "0"], "--batch-size"),
+    (["--run", "a", "--max-eval", "0"], "--max-eval"),
+    (["--run", "a", "--device", "foo"], "--device"),
 ])
 def test_eval_refuses_wrong_flags_in_one_line(flags, said, capsys):
     assert said in refused(capsys, *flags, main=evaluation.main)
