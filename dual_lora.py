@@ -122,7 +122,10 @@ _cold = weakref.WeakKeyDictionary()   # layers used at warmup 0 -> whether an op
 
 
 def _refuse_a_second_cold_step(optimizer, args, kwargs):
-    """At warmup 0 every gradient is 0, so a loop that never calls on_step would train nothing."""
+    """At warmup 0 every gradient is 0, so a loop that never calls on_step would train nothing.
+
+    torch's optimizers tell us of their steps; an update written by hand goes unseen.
+    """
     params = {id(p) for group in optimizer.param_groups for p in group["params"]} if _cold else ()
     for layer, stepped in list(_cold.items()):
         if id(layer.A) in params and layer.warmup == 0:
@@ -195,6 +198,10 @@ class DualLoRALinear(AdapterLinear):
 
     @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:
+        """Raises the warm-up. UserError for a run of one step, in which nothing would train."""
         for layer in layers:
+            if total_steps < 2 and layer.update_warmup > 0:
+                raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it "
+                                "needs at least 2 steps, or update_warmup 0")
             layer.warmup.fill_(warmup_after(step, total_steps, layer.update_warmup))
             _cold.pop(layer, None)

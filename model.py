@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from generate import generate  # noqa: F401  (in its own file, a part of this module)
+
 
 @dataclass
 class Config:
@@ -80,7 +82,7 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Rotation speed in radians per token of each pair of a head's coordinates: (D / 2,).
 
     RoPE (Su et al. 2021, arXiv 2104.09864): theta^(-2i/D). LLaMA-3.1 stretches it to a longer
-    context (Llama 3 report, 2407.21783; constants in the checkpoint's `rope_scaling`): waves
+    context (apply_scaling in meta-llama/llama-models; its constants are the checkpoint's): waves
     longer than the old context / low_freq_factor are slowed by `factor`, waves shorter than the
     old context / high_freq_factor are kept, those between are mixed linearly.
     """
@@ -256,6 +258,3 @@ class Transformer(nn.Module):
                 cache: Cache | None = None) -> Tensor:
         """tokens (B, T) int64 -> logits (B, T, vocab_size); mask and cache as in hidden()."""
         return self.logits(self.hidden(tokens, mask, cache))
-
-
-from generate import generate  # noqa: E402,F401  (written in its own file, part of this module)

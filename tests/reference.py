@@ -54,11 +54,15 @@ def random_model(name: str):
     return model
 
 
+FOLDERS = []            # kept, since each is deleted with its object: at the end of the test run
+
+
 @functools.cache
 def checkpoint(name: str):
     """-> the transformers model, its folder on disk, and ours read from it."""
     theirs = random_model(name)
-    folder = Path(tempfile.mkdtemp(prefix="checkpoint"))
+    FOLDERS.append(tempfile.TemporaryDirectory(prefix="checkpoint"))
+    folder = Path(FOLDERS[-1].name)
     theirs.save_pretrained(folder)
     ours, _ = convert.load_pretrained(folder)
     return theirs, folder, ours

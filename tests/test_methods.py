@@ -133,6 +133,17 @@ def test_merge_keeps_the_output_and_gives_plain_layers_with_plain_keys(method):
     assert torch.equal(fresh(tokens), model(tokens))
 
 
+@pytest.mark.parametrize("method", ADAPTED)
+def test_merging_into_bf16_rounds_the_sum_once(method):
+    model = train(injected(method))
+    for layer in adapters(model).values():
+        layer.base.bfloat16()
+    base, delta = model.q.base.weight.float(), model.q.delta_weight().detach()
+    merged = merge(model).q.weight
+    assert torch.equal(merged, (base + delta).bfloat16())
+    assert not torch.equal(merged, base.bfloat16() + delta.bfloat16())      # the drift it avoids
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("method", ADAPTED)
 def test_merging_twice_changes_nothing_and_unmerge_is_exact(method, dtype):
