@@ -332,7 +332,7 @@ def resumed(args: Namespace) -> Namespace:
     missing = vars(args).keys() - vars(saved).keys()
     if missing:
         raise UserError(f"{args.out}/config.json: has no {', '.join(sorted(missing))}")
-    saved.out, saved.resume = args.out, True
+    saved.out, saved.resume, saved.overwrite = args.out, True, False
     return saved
 
 

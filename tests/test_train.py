@@ -177,11 +177,14 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch)
             raise KeyboardInterrupt
     monkeypatch.setattr(train.Run, "log", stop_at_4)
     with pytest.raises(KeyboardInterrupt):
-        train.main([*flags, "--out", "stopped"])
+        train.main([*flags, "--out", "stopped", "--overwrite"])     # which resuming must not repeat
     monkeypatch.setattr(train.Run, "log", log)
     assert not Path("stopped/result.json").exists()
+    fits = []
+    monkeypatch.setattr(train.Run, "log", lambda run, line: (fits.append(line), log(run, line)))
 
     train.main(["--resume", "--out", "stopped"])
+    assert [line["step"] for line in fits] == [4, 5]        # it went on, it did not start anew
     for name in ("adapter.safetensors", "log.jsonl"):
         assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes(), name
     assert result_of("stopped")["after"] == result_of("whole")["after"]
