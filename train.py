@@ -53,8 +53,10 @@ def parse(argv: list[str] | None) -> Namespace:
     adapter.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
     for name in HYPER:
         users = [key for key, method in METHODS.items() if name in method.hyper]
-        adapter.add_argument(flag(name), type=type(METHODS[users[0]].hyper[name] or 0),
-                             help=f"{', '.join(users)} only ({METHODS[users[0]].hyper[name]})")
+        default = METHODS[users[0]].hyper[name]
+        adapter.add_argument(flag(name), type=int if default is None else type(default),
+                             help=f"{', '.join(users)} only "
+                                  f"({'from --rank' if default is None else default})")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
     loop.add_argument("--weight-decay", type=float, help="AdamW's (0)")
