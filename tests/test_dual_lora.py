@@ -11,16 +11,6 @@ from dual_lora import DualLoRALinear, warmup_after
 from lora import AdapterLinear
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
-    """Threads cost small matrices more than they give, and a seed keeps a test from flickering."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class NaiveSign(torch.autograd.Function):
     """The paper's Sign, written once more and otherwise."""
 

@@ -14,14 +14,6 @@ families = pytest.mark.parametrize("family", CONFIGS)
 NEVER = 10 ** 6           # as eos: a token that no model writes
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def prompts(count: int = 5, seed: int = 3) -> list[list[int]]:
     """Of different lengths; no special tokens."""

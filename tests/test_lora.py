@@ -9,16 +9,6 @@ from common import UserError
 from lora import AdapterLinear, LoRALinear
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
-    """Threads cost small matrices more than they give, and a seed keeps a test from flickering."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def filled(base, rank=4, alpha=8.0, **kwargs):
     """A LoRA layer that has moved: B is not zero."""
     layer = LoRALinear(base, rank, alpha, **kwargs)

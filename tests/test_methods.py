@@ -16,16 +16,6 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
-    """Threads cost small matrices more than they give, and a seed keeps a test from flickering."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()

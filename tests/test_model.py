@@ -13,14 +13,6 @@ from reference import CONFIGS, LLAMA3_ROPE, SHARED, VOCAB, checkpoint, random_mo
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(**changes) -> Transformer:
     shape = dict(vocab_size=VOCAB, d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=4,
                  d_ff=24, max_positions=64, eos=[2])

@@ -18,12 +18,8 @@ SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every"
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
-    """Each test runs in a folder of its own, on one thread: the same bits on every machine."""
+    """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def result_of(folder: str) -> dict:
