@@ -59,9 +59,9 @@ def default_device() -> str:
 def device(name: str) -> str:
     """A --device flag's value, if this machine has that device."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from None
     return name
 
 

@@ -62,7 +62,7 @@ GPT2 = {
 CONV1D = ("c_attn", "c_proj", "c_fc")
 # - Old files carry causal masks and rotary frequencies, which the model computes: left out.
 BUFFERS = ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias",
-           "model.layers.{}.self_attn.rotary_emb.inv_freq")
+           "model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 LLAMA_KEYS = {                                  # Config field: key in config.json
     "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
@@ -223,7 +223,10 @@ def parse_rope(raw: dict) -> tuple[float, dict | None]:
     kinds = {"factor": "number", "low_freq_factor": "number", "high_freq_factor": "number",
              "original_max_position_embeddings": "size"}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    odd = set(rope) - {*kinds, "rope_theta", "rope_type", "type"}
+    known = {*kinds, "rope_theta", "rope_type", "type"}
+    if rope.get("partial_rotary_factor") == 1:          # all of each head is rotated: as here
+        known.add("partial_rotary_factor")
+    odd = set(rope) - known
     if kind not in ("default", "llama3") or odd:
         raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{some(odd)} is not supported, "
                         f"only default and llama3")
@@ -318,7 +321,7 @@ def all_stored(folder: Path) -> list[Stored]:
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index}: weight_map must name the file of each tensor")
             for shard in shards.values():       # the name alone: the hub's files are links
-                if not isinstance(shard, str) or Path(shard).name != shard or shard == "..":
+                if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                     raise UserError(f"{index}: {shard!r} is not the name of a file beside it")
             found = [t for shard in sorted(set(shards.values())) for t in stored_in(folder / shard)]
             lost = set(shards) - {tensor.name for tensor in found}

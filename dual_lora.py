@@ -197,11 +197,13 @@ class DualLoRALinear(AdapterLinear):
         return y.reshape(*x.shape[:-1], len(self.B))
 
     @classmethod
+    def check_run(cls, layers, total_steps: int) -> None:
+        if total_steps < 2 and any(layer.update_warmup > 0 for layer in layers):
+            raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it needs "
+                            "at least 2 steps, or update_warmup 0")
+
+    @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:
-        """Raises the warm-up. UserError for a run of one step, in which nothing would train."""
         for layer in layers:
-            if total_steps < 2 and layer.update_warmup > 0:
-                raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it "
-                                "needs at least 2 steps, or update_warmup 0")
             layer.warmup.fill_(warmup_after(step, total_steps, layer.update_warmup))
             _cold.pop(layer, None)

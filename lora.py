@@ -83,6 +83,10 @@ class AdapterLinear(nn.Module):
         return 0.0
 
     @classmethod
+    def check_run(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> None:
+        """The loop calls it before its first step. UserError: a run too short for the method."""
+
+    @classmethod
     def on_step(cls, layers: Iterable["AdapterLinear"], step: int, total_steps: int) -> None:
         """The loop calls it after each optimizer.step(), before zero_grad(); step starts at 0."""
 

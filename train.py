@@ -130,6 +130,8 @@ def resolve(args: Namespace) -> None:
     if method.layer is not None:
         fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
         fill(args, {"alpha": 2.0 * args.rank})
+        if args.lr * args.lr_ratio > 1e3:
+            raise UserError(f"--lr-ratio {args.lr_ratio}: B's learning rate would be above 1000")
     fill(args, {"out": free_folder(args)})
     for name in ("model", "data"):          # so that eval.py finds them from any folder
         if getattr(args, name) is not None and Path(getattr(args, name)).exists():
@@ -168,10 +170,15 @@ def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
     return [epoch_order(place // n, n, seed)[place % n] for place in places]
 
 
+def contract(model) -> tuple[type[AdapterLinear], list[AdapterLinear]]:
+    """The method's class and its layers; for `full` the contract itself, which does nothing."""
+    layers = list(adapters(model).values())
+    return (type(layers[0]) if layers else AdapterLinear), layers
+
+
 def fit(model, sequences, args: Namespace, run: "Run", validate) -> None:
     """The loop: batch, loss, backward, clip, step, on_step, zero_grad, log."""
-    layers = list(adapters(model).values())
-    method = type(layers[0]) if layers else AdapterLinear      # full: a contract that does nothing
+    method, layers = contract(model)
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.weight_decay,
                                                args.lr_ratio or 1.0))
     peaks = [group["lr"] for group in optimizer.param_groups]
@@ -364,6 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         inject(model, args.method, args.targets.split(","), args.rank, args.alpha, args.dropout,
                **{name: getattr(args, name) for name in method.hyper})
         vars(args).update({name: model.injected[name] for name in method.hyper})
+    kind, layers = contract(model)
+    kind.check_run(layers, args.steps)
 
     run = Run(args)
     run.write("config.json", {"args": vars(args), "versions": versions()})

@@ -229,8 +229,17 @@ def test_the_first_gpt2_file_is_read(folder):
 def test_the_frequencies_in_old_llama_files_are_left_out(folder):
     place = folder("llama 1")
     extra = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    write(place, tensors_of(place) | extra)
+    write(place, tensors_of(place) | extra | {"model.rotary_emb.inv_freq": torch.ones(4)})
     same_logits(load_pretrained(place)[0], "llama 1")
+
+
+def test_rotating_all_of_a_head_may_be_spelt_out_and_rotating_a_part_is_refused(folder):
+    place = folder("llama 1")
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
+    edit(place / "config.json", rope_parameters=rope)
+    same_logits(load_pretrained(place)[0], "llama 1")
+    edit(place / "config.json", rope_parameters=rope | {"partial_rotary_factor": 0.5})
+    assert "partial_rotary_factor" in refusal(load_pretrained, place)
 
 
 def test_a_tied_head_that_repeats_the_embedding_is_left_out(folder):

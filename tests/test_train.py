@@ -1,5 +1,4 @@
 import json
-import math
 import os
 from pathlib import Path
 
@@ -247,6 +246,9 @@ def test_default_folders_never_collide():
     (["--method", "lora", "--task", "text", "--data", "none.txt"], "none.txt"),
     (["--method", "lora", "--model", "nowhere"], "nowhere"),
     (["--method", "lora", "--device", "foo"], "--device"),
+    (["--method", "lora", "--device", "meta"], "--device"),
+    (["--method", "lora+", "--lr-ratio", "1e300"], "--lr-ratio"),
+    (["--method", "dual", "--steps", "1"], "at least 2 steps"),
     (["--method", "lora", "--seed", "99999999999999999999"], "--seed"),
     (["--method", "lora", "--lr", "1e38"], "--lr"),
     (["--resume"], "--out"),
