@@ -101,8 +101,6 @@ def check(args: Namespace) -> None:
     for name, limit in (("weight_decay", math.inf), ("warmup", math.inf), ("seed", 2 ** 32)):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < limit:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be from 0 to below {limit}")
-    if args.lr is not None and args.lr > 1e3:
-        raise UserError(f"--lr {args.lr}: no step of more than 1000 is meant")
     if args.out is not None and Path(args.out).exists():
         if not Path(args.out).is_dir():
             raise UserError(f"--out {args.out}: a file stands there")
@@ -130,8 +128,8 @@ def resolve(args: Namespace) -> None:
     if method.layer is not None:
         fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
         fill(args, {"alpha": 2.0 * args.rank})
-        if args.lr * args.lr_ratio > 1e3:
-            raise UserError(f"--lr-ratio {args.lr_ratio}: B's learning rate would be above 1000")
+    if max(1.0, args.lr_ratio or 1.0) * args.lr > 1e3:
+        raise UserError(f"--lr {args.lr}, --lr-ratio {args.lr_ratio}: a learning rate above 1000")
     fill(args, {"out": free_folder(args)})
     for name in ("model", "data"):          # so that eval.py finds them from any folder
         if getattr(args, name) is not None and Path(getattr(args, name)).exists():
@@ -313,9 +311,8 @@ def print_header(args: Namespace, model, task, cut: int) -> tuple[int, int]:
     total = sum(p.numel() for p in model.parameters())
     print(f"{args.method} on {args.task}, from {shown(args.model)}, into {args.out}")
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
-    layers = list(adapters(model).values())
-    if layers:
-        print(f"{len(layers)} layers adapted: {args.targets}; rank {args.rank}, "
+    if adapters(model):
+        print(f"{len(adapters(model))} layers adapted: {args.targets}; rank {args.rank}, "
               f"alpha {args.alpha:g}, dropout {args.dropout:g}, lr_ratio {args.lr_ratio:g}"
               + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper))
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "

@@ -25,6 +25,14 @@ def result_of(folder: str) -> dict:
     return json.loads(Path(folder, "result.json").read_text())
 
 
+def assert_eval_repeats(result: dict, capsys) -> None:
+    """eval.py, run on its own, prints the score that the run stored."""
+    capsys.readouterr()
+    evaluation.main(["--run", "run"])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    assert shown == {name: f"{value:.4f}" for name, value in result["after"].items()}
+
+
 def refused(capsys, *flags: str, main=train.main) -> str:
     """The one line that a wrong command ends with."""
     capsys.readouterr()
@@ -81,10 +89,7 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsy
     assert "valid" in lines[2] and "valid" not in lines[3]
     torch.load("run/checkpoint.pt", weights_only=True)
 
-    capsys.readouterr()
-    evaluation.main(["--run", "run"])
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
-    assert shown == {name: f"{share:.4f}" for name, share in result["after"].items()}
+    assert_eval_repeats(result, capsys)
 
 
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
@@ -101,10 +106,7 @@ def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, 
     train.main(["--method", method, *items, "--steps", "20", "--batch-size", "24"])
     result = result_of("run")
     assert result["after"]["loss"] < 0.8 * result["before"]["loss"]
-    capsys.readouterr()
-    evaluation.main(["--run", "run"])
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
-    assert shown == {name: f"{value:.4f}" for name, value in result["after"].items()}
+    assert_eval_repeats(result, capsys)
     evaluation.main(["--run", "run", "--prompt", "Item 3 weighs", "--max-new-tokens", "8"])
     before, after = capsys.readouterr().out.splitlines()
     assert before.removeprefix("before:") != after.removeprefix("after: ")
