@@ -18,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from adalora import AdaLoRALinear
 from common import UserError, atomic_write
+from dora import DoRALinear
 from dual_lora import DualLoRALinear
 from lora import AdapterLinear, LoRALinear
+from lora_dash import LoRADashLinear
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,9 @@ METHODS = {
     "full": Method(None, lr=1e-3),
     "lora": Method(LoRALinear, lr=7e-3),
     "lora+": Method(LoRALinear, lr=2e-3, lr_ratio=16.0),
+    "dora": Method(DoRALinear, lr=1e-2),
+    "adalora": Method(AdaLoRALinear, lr=1.5e-2),
+    "dash": Method(LoRADashLinear, lr=7e-3),
     "dual": Method(DualLoRALinear, lr=7e-3),
 }
 

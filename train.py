@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from functools import lru_cache
 from pathlib import Path
 
@@ -54,9 +54,10 @@ def parse(argv: list[str] | None) -> Namespace:
     for name in HYPER:
         users = [key for key, method in METHODS.items() if name in method.hyper]
         default = METHODS[users[0]].hyper[name]
-        adapter.add_argument(flag(name), type=int if default is None else type(default),
-                             help=f"{', '.join(users)} only "
-                                  f"({'from --rank' if default is None else default})")
+        kind = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
+                dict(type=int if default is None else type(default)))
+        adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)} only "
+                             f"({'from --rank' if default is None else default})")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
     loop.add_argument("--weight-decay", type=float, help="AdamW's (0)")
@@ -88,7 +89,9 @@ def check(args: Namespace) -> None:
     method = METHODS[args.method]
     unused = [name for name in HYPER if name not in method.hyper]
     if method.layer is None:
-        unused += [*ADAPTER_FLAGS, "lr_ratio"]
+        unused += ADAPTER_FLAGS
+    if method.layer is None or not method.layer.fast:
+        unused.append("lr_ratio")
     for name in unused:
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")

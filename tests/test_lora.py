@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import parity
 from common import UserError
 from lora import AdapterLinear, LoRALinear
 
@@ -113,40 +114,11 @@ def test_a_method_needs_only_delta_weight():
     assert Shift.extra_loss([layer]) == 0 and Shift.on_step([layer], 0, 10) is None
 
 
-def test_it_trains_as_peft_does_in_float64():
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_it_trains_as_peft_does_in_float64(dropout):
     peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-
-    def network():
-        torch.manual_seed(1)
-        return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 7)).double()
-
-    theirs = peft.get_peft_model(network(), peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["0", "2"], init_lora_weights=False)).double()
-    layers = [theirs.base_model.model[i] for i in (0, 2)]
-    ours = network()
-    for i, layer in zip((0, 2), layers):
-        ours[i] = LoRALinear(ours[i], 3, 5)
-        with torch.no_grad():
-            ours[i].A.copy_(layer.lora_A["default"].weight)
-            ours[i].B.copy_(layer.lora_B["default"].weight)
-
-    def weights(layer):
-        return [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-
-    pairs = [pair for i, layer in zip((0, 2), layers)
-             for pair in zip([ours[i].A, ours[i].B], weights(layer))]
-    optimizers = [torch.optim.AdamW(side, lr=0.01, weight_decay=0.1) for side in zip(*pairs)]
-    for _ in range(10):
-        x, target = torch.randn(9, 12).double(), torch.randn(9, 7).double()
-        outputs = [ours(x), theirs(x)]
-        assert torch.allclose(*outputs, rtol=1e-12, atol=1e-12)
-        for output, optimizer in zip(outputs, optimizers):
-            optimizer.zero_grad()
-            F.mse_loss(output, target).backward()
-        for mine, other in pairs:
-            assert torch.allclose(mine.grad, other.grad, rtol=1e-10, atol=1e-13)
-        for optimizer in optimizers:
-            optimizer.step()
-    for mine, other in pairs:
-        assert torch.allclose(mine, other, rtol=1e-10, atol=1e-12)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v"], lora_dropout=dropout,
+                             init_lora_weights=False)
+    for _ in parity.trains_as_peft_does(config, parity.LORA, "lora", rank=3, alpha=5,
+                                        dropout=dropout):
+        pass

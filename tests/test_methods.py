@@ -10,6 +10,7 @@ from torch import nn
 
 from common import UserError
 from methods import METHODS, adapters, inject, load, merge, param_groups, save, unmerge
+from model import Config, Transformer
 
 ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -281,6 +282,26 @@ def test_a_meta_model_can_be_injected_and_counted(method):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
+SHAPES = {"LLaMA-7B": Config(32000, 4096, 32, 32, 32, 128, 11008, 2048, tied=False),
+          "LLaMA3-8B": Config(128256, 4096, 32, 32, 8, 128, 14336, 8192, tied=False)}
+
+
+@pytest.mark.parametrize("shape, method, trainable", [
+    ("LLaMA-7B", "lora", 56_098_816), ("LLaMA3-8B", "lora", 56_623_104),
+    ("LLaMA-7B", "lora+", 56_098_816), ("LLaMA3-8B", "lora+", 56_623_104),
+    ("LLaMA-7B", "dora", 56_098_816 + 876_544), ("LLaMA3-8B", "dora", 56_623_104 + 786_432),
+    ("LLaMA-7B", "dash", 56_098_816 + 1_280), ("LLaMA3-8B", "dash", 56_623_104 + 1_280),
+    ("LLaMA-7B", "dual", 56_098_816), ("LLaMA3-8B", "dual", 56_623_104),
+    # half as many again at the start, and lam: 48 numbers for each of 160 matrices
+    ("LLaMA-7B", "adalora", 84_148_224 + 7_680), ("LLaMA3-8B", "adalora", 84_934_656 + 7_680),
+    ("LLaMA-7B", "full", 6_738_415_616), ("LLaMA3-8B", "full", 8_030_261_248)])
+def test_the_trainable_parameters_of_the_papers_models(shape, method, trainable):
+    with torch.device("meta"):
+        model = Transformer(SHAPES[shape])
+    inject(model, method, ["q", "k", "v", "up", "down"], rank=32, alpha=64)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
 # ---- files
 @pytest.mark.parametrize("method", METHODS)
 def test_save_and_load_round_trip(method, tmp_path):
@@ -440,7 +461,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group(method):
     assert all(group["weight_decay"] == 0.1 for group in groups)
 
 
-@pytest.mark.parametrize("method, fast", [("lora", ["B"]), ("lora+", ["B"]), ("dual", ["B", "D"])])
+@pytest.mark.parametrize("method, fast", [
+    ("lora", ["B"]), ("lora+", ["B"]), ("dora", ["B"]), ("dash", ["B"]), ("dual", ["B", "D"])])
 def test_the_ratio_speeds_up_what_the_class_declares_and_a_schedule_keeps_it(method, fast):
     model = injected(method)
     groups = param_groups(model, 0.01, lr_ratio=16)
@@ -458,6 +480,8 @@ def test_a_ratio_that_nothing_would_use_is_refused():
     assert [group["lr"] for group in param_groups(injected("full"), 0.01)] == [0.01]
     with pytest.raises(UserError, match="lr_ratio"):
         param_groups(injected("full"), 0.01, lr_ratio=4)
+    with pytest.raises(UserError, match="lr_ratio"):
+        param_groups(injected("adalora"), 0.01, lr_ratio=4)
 
 
 # ---- models that are not ours
@@ -481,7 +505,7 @@ def test_a_transformers_model_can_be_injected_trained_merged_and_loaded(method, 
     assert len(adapters(adapted)) == 4
     assert torch.allclose(adapted(tokens).logits, model()(tokens).logits, atol=1e-6)
     layers = list(adapters(adapted).values())
-    optimizer = torch.optim.AdamW(param_groups(adapted, 0.01))
+    optimizer = torch.optim.AdamW(param_groups(adapted, 0.03))
     for step in range(4):
         adapted(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()

@@ -1,0 +1,95 @@
+"""LoRA-Dash: Unleashing the Power of Task-Specific Directions (Si et al., 2024), arXiv:2409.01035.
+
+    pre-launch   W' = W0 + alpha/r * B A
+    dash         W' = W0 + alpha/r * B A + sum_i c_i u_i v_i'           (section 4)
+
+W0 (out, in) is the pretrained weight, frozen, and W0 = sum_i sigma_i u_i v_i' its singular value
+decomposition. A (r, in), B (out, r) train all along; the s coordinates c train in the dash. The
+idea: a few of W0's own directions matter most to the task, and LoRA's first steps tell which:
+those i that its update dW = alpha/r B A changes most for their size, by the change rate
+
+    |u_i' dW v_i| / sigma_i
+
+B and c start at zero: the first step sees the pretrained model, the dash goes on from LoRA's.
+"""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from common import UserError
+from lora import LoRALinear, check_whole
+
+
+def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:
+    """The optimizer step (0 for the first) after which the directions are chosen.
+
+    prelaunch - 1; in a run that would end before its dash, the last of the first quarter.
+    """
+    return (prelaunch if prelaunch < total_steps else max(1, total_steps // 4)) - 1
+
+
+class LoRADashLinear(LoRALinear):
+    """W' = W0 + scale B A + U diag(coords) Vt: exactly a LoRA of rank r + s once it dashes.
+
+    x (..., in) -> (..., out). U (out, s), Vt (s, in): the chosen directions, zero before the dash
+    and then frozen; coords (s,) are not multiplied by alpha/r. s = `directions`, at most
+    min(in, out). The phase counts optimizer steps, told by on_step: forward only reads it.
+    directions or prelaunch below 1: UserError.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+                 directions: int = 8, prelaunch: int = 100):
+        super().__init__(base, rank, alpha, dropout)
+        check_whole("directions", directions, 1)
+        check_whole("prelaunch", prelaunch, 1)
+        self.directions, self.prelaunch = directions, prelaunch
+        s = min(directions, base.in_features, base.out_features)
+        self.coords = nn.Parameter(self.empty(s).zero_())
+        self.register_buffer("U", self.empty(base.out_features, s).zero_())
+        self.register_buffer("Vt", self.empty(s, base.in_features).zero_())
+        self.register_buffer("dashing", self.empty().zero_())       # 0 in pre-launch, then 1
+
+    def delta_weight(self):
+        delta = super().delta_weight()                              # (out, in)
+        return delta + (self.U * self.coords) @ self.Vt if self.dashing else delta
+
+    def forward(self, x):
+        x, base = self.dropout(x), self.base(x)
+        y = base + self.low_rank(x)
+        # Left out in pre-launch: coords must get no gradient, not a gradient of 0, or Adam would
+        # count those steps and move coords up to twice too far in the first steps of the dash.
+        if self.dashing:
+            h = F.linear(x, self.Vt.to(x.dtype))                    # (..., s)
+            y = y + F.linear(self.coords.to(x.dtype) * h, self.U.to(x.dtype))
+        return y
+
+    def change_rates(self):
+        """-> U (out, k), rates (k,), Vt (k, in) of all k = min(in, out) directions of W0."""
+        U, sigma, Vt = torch.linalg.svd(self.base.weight.to(self.A.dtype), full_matrices=False)
+        # u_i' B A v_i for all i at once, without the (out, in) product B A.
+        change = self.scale * ((U.t() @ self.B) * (Vt @ self.A.t())).sum(1)
+        return U, (change / sigma).abs().nan_to_num(nan=0.0, posinf=torch.inf), Vt
+
+    @torch.no_grad()
+    def launch(self) -> None:
+        """Fixes the directions with the highest change rates, highest first: the dash begins."""
+        U, rates, Vt = self.change_rates()
+        chosen = rates.topk(len(self.coords)).indices
+        self.U.copy_(U[:, chosen])
+        self.Vt.copy_(Vt[chosen])
+        self.dashing.fill_(1)
+
+    @classmethod
+    def check_run(cls, layers, total_steps: int) -> None:
+        if total_steps < 2:
+            raise UserError("LoRA-Dash needs at least 2 steps: one to choose its directions by, "
+                            "one to train along them")
+
+    @classmethod
+    def on_step(cls, layers, step: int, total_steps: int) -> None:
+        due = [layer for layer in layers if not layer.dashing
+               and step >= last_prelaunch_step(total_steps, layer.prelaunch)]
+        work = sum(layer.base.weight.numel() * min(layer.base.weight.shape) for layer in due)
+        for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
+            layer.launch()

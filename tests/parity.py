@@ -1,0 +1,65 @@
+"""Our layers beside peft's, in float64: the same weights, batches and optimizer."""
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods import adapters, inject
+
+# our parameter -> peft's
+LORA = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
+DORA = LORA | {"magnitude": "lora_magnitude_vector.default.weight"}
+ADALORA = {"P": "lora_B.default", "lam": "lora_E.default", "Q": "lora_A.default"}
+
+
+class Net(nn.Module):
+    """Two targets, and a loss in the output, where peft's AdaLoRA adds its penalty."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.q, self.v = nn.Linear(12, 20), nn.Linear(20, 7)
+
+    def forward(self, x, target):
+        y = self.v(torch.tanh(self.q(x)))
+        return SimpleNamespace(y=y, loss=F.mse_loss(y, target))
+
+
+def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, **hyper):
+    """Asserts that outputs, loss, gradients and weights stay equal; yields (step, ours)."""
+    import peft
+    theirs = peft.get_peft_model(Net().double(), config).double().base_model   # adds the penalty
+    ours = inject(Net().double(), method, ["q", "v"], **hyper)
+    layers = adapters(ours)
+    pairs = [(layer.get_parameter(mine), theirs.model.get_submodule(path)
+              .get_parameter(name)) for path, layer in layers.items()
+             for mine, name in names.items()]
+    kind, layers = type(layers["q"]), list(layers.values())
+    assert len(pairs) == sum(p.requires_grad for p in ours.parameters())
+    with torch.no_grad():
+        for mine, other in pairs:
+            mine.copy_(other.view_as(mine))
+    optimizers = [torch.optim.AdamW(side, lr=0.01, weight_decay=0.1) for side in zip(*pairs)]
+    for step in range(steps):
+        x, target = torch.randn(9, 12).double(), torch.randn(9, 7).double()
+        outputs = []
+        for model, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            torch.manual_seed(step)                    # dropout, if there is any, drops the same
+            outputs.append(model(x, target))
+        outputs[0].loss = outputs[0].loss + kind.extra_loss(layers)
+        assert torch.allclose(outputs[0].y, outputs[1].y, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(outputs[0].loss, outputs[1].loss, rtol=1e-12, atol=0)
+        for output in outputs:
+            output.loss.backward()
+        for mine, other in pairs:
+            assert torch.allclose(mine.grad, other.grad.view_as(mine), rtol=1e-9, atol=1e-12)
+        for optimizer in optimizers:
+            optimizer.step()
+        kind.on_step(layers, step, steps)
+        if theirs_on_step is not None:
+            theirs_on_step(theirs, step)
+        for mine, other in pairs:
+            assert torch.allclose(mine, other.view_as(mine), rtol=1e-9, atol=1e-11)
+        yield step, ours
