@@ -1,24 +1,16 @@
 """AdaLoRA: Adaptive Budget Allocation (Zhang et al., 2023), arXiv:2303.10512.
 
-    W' = W0 + alpha/r0 * P diag(lam) Q                                 (section 3.1, eq. 3)
+    W' = W0 + alpha/r0 * P diag(lam) Q           (eq. 3; alpha/r0 as in the official code)
 
 W0 (out, in) is the pretrained weight, frozen; P (out, r0), lam (r0,) and Q (r0, in) train: the
-shape of a singular value decomposition, kept near one by the penalty ||P'P - I|| + ||QQ' - I||.
-The idea: some matrices need more rank than others. All start with r0 = init_rank directions,
-more than the budget allows. A direction (column of P, lam, row of Q) is pruned by setting its lam
-to 0, wherever in the model the importance is lowest, and can grow back while pruning goes on.
+shape of a singular value decomposition, which a penalty gamma (||P'P - I|| + ||QQ' - I||) in the
+loss keeps P and Q close to (eq. 4). The idea: some matrices need more rank than others. All start
+with r0 = init_rank directions (a column of P, its lam, a row of Q), more than the budget allows;
+step by step the least important directions of the whole model are pruned: their lam is set to 0.
 lam starts at zero: the first step sees exactly the pretrained model.
 
-The importance of a direction (section 3.2) is built from each single number w of it, in steps:
-
-    I = |w dL/dw|                           how much the loss would change if w were 0 (eq. 8)
-    Ibar = beta1 Ibar + (1 - beta1) I       smoothed over steps, since one batch is noisy (eq. 9)
-    Ubar = beta2 Ubar + (1 - beta2) |I - Ibar|           how uncertain Ibar still is (eq. 10)
-    s = Ibar * Ubar                         high, or not known well enough to give up (eq. 11)
-    S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij)     of direction i (eq. 7)
-
-The means make a long column count no more than a short one. All S of the model are then ranked
-in one list, and the b(t) highest keep their lam.
+What makes a direction important: `learn_importance` and `importance`. How many are kept when:
+`budget`. How a pruned one comes back: `on_step`.
 """
 import math
 
@@ -27,34 +19,38 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError
-from lora import AdapterLinear, check_whole
+from lora import AdapterLinear, check_whole, full_precision
 
 
 def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_final: int) -> int:
-    """How many directions the model keeps after optimizer step `step`, 0 for the first (eq. 12)."""
+    """b(t): how many directions a pruning after optimizer step t = `step` leaves (eq. 12)."""
     if step <= t_init:                      # 1. all of them, while the importances settle
         return start
-    if step >= total_steps - t_final:       # 3. the target, while the kept ones are fine-tuned
-        return target
-    share = (step - t_init) / (total_steps - t_final - t_init)
-    return int((start - target) * (1 - share) ** 3 + target)    # 2. fast at first, then slowly
+    if step < total_steps - t_final:        # 2. ever fewer, fast at first
+        share = (step - t_init) / (total_steps - t_final - t_init)
+        return int((start - target) * (1 - share) ** 3 + target)
+    return target                           # 3. the target, while the kept ones are fine-tuned
 
 
 def in_steps(t: float, total_steps: int) -> int:
-    """t as a number of steps: below 1 it is a share of the run."""
-    return int(t * total_steps) if t < 1 else int(t)
+    """t as a number of steps: below 1 it is a share of the run, rounded down."""
+    return int(t * total_steps + 1e-9) if t < 1 else int(t)      # 0.29 * 100 is 28.999...
 
 
 class AdaLoRALinear(AdapterLinear):
-    """W' = W0 + scale P diag(lam) Q, scale = alpha/(init_rank + 1e-5); rank: kept ones on average.
+    """W' = W0 + scale P diag(lam) Q, scale = alpha/(init_rank + 1e-5); x (..., in) -> (..., out).
 
-    x (..., in) -> (..., out). Where the official code differs from the paper, this is the code:
-    the 1e-5; the penalty, whose norms are not squared, and averaged over all P and Q of the model;
-    importances from the gradients of a step and the weights after it, and only until pruning ends.
-    t_init, t_final: length of the first and last phase in steps, below 1 as a share of the run;
-    t_final is at least one step. delta_t: steps between two prunings. gamma: the penalty's weight.
-    The mask is no state of its own: importances stay as they are in the last phase, and so does
-    what they prune. Arguments out of range: UserError; for a schedule that cannot work, check_run.
+    init_rank: directions that each layer starts with (1.5 rank); rank: those that it keeps at the
+    end, on average over the model. t_init, t_final: length of the first and the last phase in
+    steps, below 1 as a share of the run; t_final is at least one step. Prunings come at steps that
+    delta_t divides, and at every step of the last phase. The layers of a model share all of these.
+
+    Where the official code differs from the paper, this is the code: the 1e-5; the norms in the
+    penalty are not squared, and averaged over all P and Q; importances come from a step's gradients
+    (clipped) and the weights after it. Two things are otherwise: the last phase begins with a
+    pruning whatever delta_t is, as in peft, and exactly the budget is kept where importances are
+    equal. The state, and so a saved file, holds Ibar and Ubar too: three numbers a parameter.
+    Arguments out of range: UserError; for a schedule that cannot work, see plan().
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
@@ -62,7 +58,7 @@ class AdaLoRALinear(AdapterLinear):
                  delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, gamma: float = 0.1):
         super().__init__(base, rank, alpha, dropout)
         init_rank = round(1.5 * rank) if init_rank is None else init_rank
-        check_whole("init_rank", init_rank, rank)
+        check_whole("init_rank", init_rank, rank, sum(base.weight.shape))
         check_whole("delta_t", delta_t, 1)
         for name, t in (("t_init", t_init), ("t_final", t_final)):
             if not 0 <= t < math.inf or (t >= 1 and t != int(t)):
@@ -89,66 +85,93 @@ class AdaLoRALinear(AdapterLinear):
         return self.scale * (self.P * self.lam) @ self.Q              # (out, in)
 
     def forward(self, x):
-        y, x = self.base(x), self.dropout(x)
+        y = self.base(x)
+        x = self.dropout(x)
         h = F.linear(x, self.Q.to(x.dtype)) * (self.scale * self.lam).to(x.dtype)   # (..., r0)
         return y + F.linear(h, self.P.to(x.dtype))                    # (..., out)
+
+    def learn_importance(self) -> None:
+        """Updates Ibar and Ubar of every single number w of P, lam and Q:
+
+            I = |w dL/dw|       how far the loss would move, to first order, if w were 0 (eq. 8)
+            Ibar = beta1 Ibar + (1 - beta1) I               one batch is noisy: smoothed (eq. 9)
+            Ubar = beta2 Ubar + (1 - beta2) |I - Ibar|      how much I varies around that (eq. 10)
+
+        Both start at 0 and lag behind, but all by the same factor, and only their order matters.
+        By hand, beta1 = beta2 = 0.5, I = 2 and then 6: Ibar = 1, 3.5; Ubar = 0.5, 1.5.
+        """
+        for name in ("P", "lam", "Q"):
+            w = getattr(self, name)
+            Ibar, Ubar = getattr(self, f"Ibar_{name}"), getattr(self, f"Ubar_{name}")
+            gradient = 0 if w.grad is None else w.grad     # None: the loss did not use this layer
+            I = (w * gradient).abs().nan_to_num(0, 0)      # an overflow tells nothing
+            Ibar.lerp_(I, 1 - self.beta1)
+            Ubar.lerp_((I - Ibar).abs(), 1 - self.beta2)
+
+    def importance(self):
+        """S (r0,), of direction i: S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij) (eq. 7),
+
+            s(w) = Ibar * Ubar                                              (eq. 11)
+
+        s is high only if w matters and its I has not settled: of two numbers that matter equally,
+        the one that is less well known gets the benefit of the doubt, and one with a perfectly
+        steady I counts nothing. Means, not sums: a direction of a large matrix is not kept for
+        having more numbers.
+        """
+        return (self.Ibar_lam * self.Ubar_lam + (self.Ibar_P * self.Ubar_P).mean(0)
+                + (self.Ibar_Q * self.Ubar_Q).mean(1))
 
     def phases(self, total_steps: int) -> tuple[int, int]:
         """t_init and t_final in steps."""
         return in_steps(self.t_init, total_steps), max(1, in_steps(self.t_final, total_steps))
 
-    def learn_importance(self) -> None:
-        """Equations 8 to 10, for every number of P, lam and Q."""
-        for name in ("P", "lam", "Q"):
-            w, Ibar, Ubar = (getattr(self, f"{part}{name}") for part in ("", "Ibar_", "Ubar_"))
-            I = (w * (0 if w.grad is None else w.grad)).abs()
-            Ibar.lerp_(I, 1 - self.beta1)
-            Ubar.lerp_((I - Ibar).abs(), 1 - self.beta2)
-
-    def importance(self):
-        """S (r0,), equations 7 and 11."""
-        return (self.Ibar_lam * self.Ubar_lam + (self.Ibar_P * self.Ubar_P).mean(0)
-                + (self.Ibar_Q * self.Ubar_Q).mean(1))
-
     @classmethod
     def extra_loss(cls, layers):
         """gamma * mean over all P and Q of ||P'P - I|| or ||QQ' - I|| (eq. 4): a scalar."""
         layers = list(layers)
-        grams = torch.stack([gram for layer in layers
-                             for gram in (layer.P.t() @ layer.P, layer.Q @ layer.Q.t())])
-        identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-        return layers[0].gamma * torch.linalg.matrix_norm(grams - identity).mean()
+        with full_precision(layers[0].P):
+            grams = torch.stack([gram for layer in layers for gram in
+                                 (layer.P.t() @ layer.P, layer.Q @ layer.Q.t())])   # (2 n, r0, r0)
+            identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+            return layers[0].gamma * torch.linalg.matrix_norm(grams - identity).mean()
 
     @classmethod
-    def check_run(cls, layers, total_steps: int) -> None:
-        for layer in layers:
-            t_init, t_final = layer.phases(total_steps)
-            if layer.init_rank > layer.rank and t_init + t_final >= total_steps:
-                raise UserError(f"AdaLoRA cannot prune: t_init {t_init} and t_final {t_final} "
-                                f"leave none of the run's {total_steps} steps")
+    def plan(cls, layers, total_steps: int) -> str:
+        layers = list(layers)
+        t_init, t_final = layers[0].phases(total_steps)
+        start, target = (sum(getattr(layer, name) for layer in layers)
+                         for name in ("init_rank", "rank"))
+        if start > target and t_init + t_final >= total_steps:
+            raise UserError(f"AdaLoRA needs steps to prune in: t_init {t_init} and t_final "
+                            f"{t_final} leave none of the run's {total_steps}")
+        return (f"{start} directions, pruned to {target} in steps {t_init + 1} to "
+                f"{total_steps - t_final}" if start > target else "")
 
     @classmethod
     @torch.no_grad()
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         layers = list(layers)
-        first = layers[0]
-        t_init, t_final = first.phases(total_steps)
-        last_phase = step >= total_steps - t_final
         if step == 0:
-            cls.check_run(layers, total_steps)
+            cls.plan(layers, total_steps)        # for a loop that did not ask
+        t_init, t_final = layers[0].phases(total_steps)
+        last_phase = step >= total_steps - t_final
         if not last_phase:
+            # The step is done, its gradients are still there: I is old gradient x new weight. A
+            # pruned lam has a gradient, though its P and Q have none from the loss, so the step
+            # has moved it off 0 and its importance is not 0: thus a direction can come back.
             if all(layer.lam.grad is None for layer in layers):
                 raise UserError("AdaLoRA learns importances from gradients: call on_step after "
                                 "optimizer.step() and before zero_grad()")
             for layer in layers:
                 layer.learn_importance()
-        if step <= t_init or (step % first.delta_t != 0 and not last_phase):
+        # In the last phase importances rest, so that each step prunes the same directions again.
+        if step <= t_init or (step % layers[0].delta_t != 0 and not last_phase):
             return
         sizes = [layer.init_rank for layer in layers]
         keep = budget(step, total_steps, sum(sizes), sum(layer.rank for layer in layers), t_init,
                       t_final)
-        importance = torch.cat([layer.importance() for layer in layers])
+        importance = torch.cat([layer.importance() for layer in layers])     # one list for all
         pruned = torch.ones_like(importance, dtype=torch.bool)
-        pruned[importance.topk(keep).indices] = False    # exactly `keep`, even where some are equal
+        pruned[importance.topk(keep).indices] = False
         for layer, mask in zip(layers, pruned.split(sizes)):
             layer.lam.masked_fill_(mask, 0)

@@ -20,13 +20,14 @@ from common import UserError
 from lora import AdapterLinear, check_whole
 
 
-def warmup_after(step: int, total_steps: int, update_warmup: int) -> float:
-    """The share of the update in use after optimizer step `step` (0 for the first): 0 to 1.
+def warmup_length(total_steps: int, update_warmup: int) -> int:
+    """update_warmup, or a quarter of a run too short for that."""
+    return min(update_warmup, max(1, total_steps // 4))
 
-    A straight line over update_warmup steps, or over a quarter of a run too short for that.
-    """
-    length = min(update_warmup, max(1, total_steps // 4))
-    return min(1.0, (step + 1) / max(1, length))
+
+def warmup_after(step: int, total_steps: int, update_warmup: int) -> float:
+    """The share of the update in use after optimizer step `step` (0 for the first): 0 to 1."""
+    return min(1.0, (step + 1) / max(1, warmup_length(total_steps, update_warmup)))
 
 
 def sign_(x):
@@ -197,10 +198,13 @@ class DualLoRALinear(AdapterLinear):
         return y.reshape(*x.shape[:-1], len(self.B))
 
     @classmethod
-    def check_run(cls, layers, total_steps: int) -> None:
-        if total_steps < 2 and any(layer.update_warmup > 0 for layer in layers):
+    def plan(cls, layers, total_steps: int) -> str:
+        longest = max(layer.update_warmup for layer in layers)
+        if total_steps < 2 and longest > 0:
             raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it needs "
                             "at least 2 steps, or update_warmup 0")
+        length = warmup_length(total_steps, longest)
+        return f"the update warms up from 0 to 1 over {length} steps" if length else ""
 
     @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:

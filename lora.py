@@ -83,8 +83,12 @@ class AdapterLinear(nn.Module):
         return 0.0
 
     @classmethod
-    def check_run(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> None:
-        """The loop calls it before its first step. UserError: a run too short for the method."""
+    def plan(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> str:
+        """What on_step will do when, for people; the loop calls it before its first step.
+
+        UserError: a run too short for the method.
+        """
+        return ""
 
     @classmethod
     def on_step(cls, layers: Iterable["AdapterLinear"], step: int, total_steps: int) -> None:

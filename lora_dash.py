@@ -4,13 +4,15 @@
     dash         W' = W0 + alpha/r * B A + sum_i c_i u_i v_i'           (section 4)
 
 W0 (out, in) is the pretrained weight, frozen, and W0 = sum_i sigma_i u_i v_i' its singular value
-decomposition. A (r, in), B (out, r) train all along; the s coordinates c train in the dash. The
-idea: a few of W0's own directions matter most to the task, and LoRA's first steps tell which:
-those i that its update dW = alpha/r B A changes most for their size, by the change rate
+decomposition; A (r, in) and B (out, r) train all along, the s coordinates c in the dash. The
+idea: a few of W0's own directions u_i v_i' matter most to the task, and LoRA's first steps tell
+which. The change rate of a direction is how far LoRA's update dW = alpha/r B A has moved along
+it, relative to its size in W0; the s directions with the highest rates are chosen:
 
-    |u_i' dW v_i| / sigma_i
+    |u_i' dW v_i| / sigma_i              (the paper adds an eps to sigma_i, its code does not)
 
-B and c start at zero: the first step sees the pretrained model, the dash goes on from LoRA's.
+B starts at zero: the first step sees the pretrained model. c starts at zero: the dash goes on
+from where LoRA was.
 """
 import torch
 import torch.nn.functional as F
@@ -22,20 +24,22 @@ from lora import LoRALinear, check_whole
 
 
 def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:
-    """The optimizer step (0 for the first) after which the directions are chosen.
+    """The optimizer step (0 for the first) after which the directions are chosen: prelaunch - 1.
 
-    prelaunch - 1; in a run that would end before its dash, the last of the first quarter.
+    A run of no more than `prelaunch` steps would never dash: it does after its first quarter.
     """
     return (prelaunch if prelaunch < total_steps else max(1, total_steps // 4)) - 1
 
 
 class LoRADashLinear(LoRALinear):
-    """W' = W0 + scale B A + U diag(coords) Vt: exactly a LoRA of rank r + s once it dashes.
+    """W' = W0 + scale B A + U diag(coords) Vt: in the dash an update of rank r + s.
 
     x (..., in) -> (..., out). U (out, s), Vt (s, in): the chosen directions, zero before the dash
     and then frozen; coords (s,) are not multiplied by alpha/r. s = `directions`, at most
-    min(in, out). The phase counts optimizer steps, told by on_step: forward only reads it.
-    directions or prelaunch below 1: UserError.
+    min(in, out). The pre-launch lasts `prelaunch` optimizer steps (a run too short for that:
+    last_prelaunch_step), counted by on_step; forward only reads the phase. Both updates see the
+    same dropout(x), where the official code draws twice. An optimizer gets coords from the start,
+    but they have no gradient before the dash. directions or prelaunch below 1: UserError.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
@@ -52,13 +56,16 @@ class LoRADashLinear(LoRALinear):
 
     def delta_weight(self):
         delta = super().delta_weight()                              # (out, in)
-        return delta + (self.U * self.coords) @ self.Vt if self.dashing else delta
+        if self.dashing:
+            delta = delta + (self.U * self.coords) @ self.Vt
+        return delta
 
     def forward(self, x):
-        x, base = self.dropout(x), self.base(x)
-        y = base + self.low_rank(x)
+        y = self.base(x)
+        x = self.dropout(x)
+        y = y + self.low_rank(x)
         # Left out in pre-launch: coords must get no gradient, not a gradient of 0, or Adam would
-        # count those steps and move coords up to twice too far in the first steps of the dash.
+        # count those steps and move coords about twice too far in the first ones of the dash.
         if self.dashing:
             h = F.linear(x, self.Vt.to(x.dtype))                    # (..., s)
             y = y + F.linear(self.coords.to(x.dtype) * h, self.U.to(x.dtype))
@@ -69,7 +76,8 @@ class LoRADashLinear(LoRALinear):
         U, sigma, Vt = torch.linalg.svd(self.base.weight.to(self.A.dtype), full_matrices=False)
         # u_i' B A v_i for all i at once, without the (out, in) product B A.
         change = self.scale * ((U.t() @ self.B) * (Vt @ self.A.t())).sum(1)
-        return U, (change / sigma).abs().nan_to_num(nan=0.0, posinf=torch.inf), Vt
+        rates = (change / sigma).abs()          # sigma may be 0: then inf, or NaN without a change
+        return U, rates.nan_to_num(nan=0.0, posinf=torch.inf), Vt
 
     @torch.no_grad()
     def launch(self) -> None:
@@ -81,15 +89,18 @@ class LoRADashLinear(LoRALinear):
         self.dashing.fill_(1)
 
     @classmethod
-    def check_run(cls, layers, total_steps: int) -> None:
+    def plan(cls, layers, total_steps: int) -> str:
         if total_steps < 2:
             raise UserError("LoRA-Dash needs at least 2 steps: one to choose its directions by, "
                             "one to train along them")
+        last = max(last_prelaunch_step(total_steps, layer.prelaunch) for layer in layers)
+        return f"plain LoRA up to step {last}, then the dash"
 
     @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:
-        due = [layer for layer in layers if not layer.dashing
-               and step >= last_prelaunch_step(total_steps, layer.prelaunch)]
+        due = [layer for layer in layers
+               if step >= last_prelaunch_step(total_steps, layer.prelaunch) and not layer.dashing]
+        # An SVD takes about 20 times that many operations: a bar where it takes some seconds.
         work = sum(layer.base.weight.numel() * min(layer.base.weight.shape) for layer in due)
         for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
             layer.launch()

@@ -1,7 +1,7 @@
 """From a name to a model: the table of methods, and what is done with their layers in a model.
 
     inject(model, "dual", ["q", "v"], rank=8)         any nn.Module with nn.Linear in it
-    torch.optim.AdamW(param_groups(model, lr=1e-3))   ... train ...
+    torch.optim.AdamW(param_groups(model, lr=1e-3))   ... train, with the hooks: fit() in train.py
     save(model, "adapter.safetensors")
     merge(load(pretrained, "adapter.safetensors"))    plain nn.Linear again
 

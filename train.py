@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,7 +35,24 @@ from methods import METHODS, adapters, inject, param_groups, save, state
 
 ROOT = Path(__file__).resolve().parent
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
-HYPER = sorted({name for method in METHODS.values() for name in method.hyper})
+HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
+         for method in METHODS.values() for name, default in method.hyper.items()}
+HELP = defaultdict(str, {
+    "norm_gradient": "let the gradient through the norm too",
+    "init_rank": "directions of each layer at the start",
+    "t_init": "steps before any pruning; below 1, a share of the run",
+    "t_final": "steps after the last of it, likewise",
+    "delta_t": "steps between two prunings",
+    "beta1": "smoothing of the importance",
+    "beta2": "smoothing of its uncertainty",
+    "gamma": "weight of the penalty that keeps P and Q orthonormal",
+    "directions": "directions of W0 that get a coordinate",
+    "prelaunch": "steps of plain LoRA before they are chosen",
+    "r1": "rank of the magnitude B A",
+    "r2": "rank of the direction D C",
+    "update_warmup": "steps over which the update grows from 0 to its full size",
+    "init_std": "standard deviation of the four matrices at the start",
+})
 
 
 # ---- flags
@@ -46,18 +64,18 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--task", help=f"{', '.join(TASKS)} (facts)")
     what.add_argument("--data", help="with --task text or jsonl: the file")
     adapter = parser.add_argument_group("adapters (every method but full)")
-    adapter.add_argument("--rank", type=int, help="budget: as many parameters as LoRA's (8)")
+    adapter.add_argument("--rank", type=int, help="budget: as many parameters as LoRA of that rank "
+                                                  "(8); adalora: at the end, on average")
     adapter.add_argument("--alpha", type=float, help="scale of the update (2 x rank)")
     adapter.add_argument("--dropout", type=float, help="on the adapter's input (0)")
     adapter.add_argument("--targets", help="layer names, comma-separated (q,k,v,up,down)")
-    adapter.add_argument("--lr-ratio", type=float, help="learning rate of B over that of A")
-    for name in HYPER:
-        users = [key for key, method in METHODS.items() if name in method.hyper]
-        default = METHODS[users[0]].hyper[name]
+    adapter.add_argument("--lr-ratio", type=float, help="learning rate of B (dual: B and D) over "
+                                                        "that of the rest (1; lora+ 16)")
+    for name, (users, default) in HYPER.items():
         kind = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
                 dict(type=int if default is None else type(default)))
-        adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)} only "
-                             f"({'from --rank' if default is None else default})")
+        shown = "from --rank" if default is None else "no" if default is False else default
+        adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)}: {HELP[name]} ({shown})")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
     loop.add_argument("--weight-decay", type=float, help="AdamW's (0)")
@@ -204,7 +222,8 @@ def fit(model, sequences, args: Namespace, run: "Run", validate) -> None:
         norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
         if not math.isfinite(loss + norm):
             saved = run.folder / "checkpoint.pt"
-            print(f"error: step {step}: loss {loss}, gradient norm {norm}; a lower --lr may help; "
+            print(f"error: step {step}: loss {loss}, extra loss {float(extra)}, gradient norm "
+                  f"{norm}; a lower --lr may help; "
                   + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),
                   file=sys.stderr)
             sys.exit(1)
@@ -214,6 +233,8 @@ def fit(model, sequences, args: Namespace, run: "Run", validate) -> None:
 
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         line = {"step": step, "loss": loss, "lr": args.lr * factor, "grad_norm": norm}
+        if torch.is_tensor(extra):
+            line["extra_loss"] = extra.item()
         if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
             line["valid"] = validate()
         run.log(line)
@@ -308,7 +329,7 @@ def shown(path: str) -> str:
     return os.path.relpath(path) if os.path.exists(path) else path
 
 
-def print_header(args: Namespace, model, task, cut: int) -> tuple[int, int]:
+def print_header(args: Namespace, model, task, plan: str, cut: int) -> tuple[int, int]:
     """Says what will run -> (trainable, total) parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -316,8 +337,11 @@ def print_header(args: Namespace, model, task, cut: int) -> tuple[int, int]:
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     if adapters(model):
         print(f"{len(adapters(model))} layers adapted: {args.targets}; rank {args.rank}, "
-              f"alpha {args.alpha:g}, dropout {args.dropout:g}, lr_ratio {args.lr_ratio:g}"
-              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper))
+              f"alpha {args.alpha:g}, dropout {args.dropout:g}"
+              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper)
+              + (f", lr_ratio {args.lr_ratio:g}" if METHODS[args.method].layer.fast else ""))
+    if plan:
+        print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}")
     if cut:
@@ -372,11 +396,11 @@ def main(argv: list[str] | None = None) -> None:
                **{name: getattr(args, name) for name in method.hyper})
         vars(args).update({name: model.injected[name] for name in method.hyper})
     kind, layers = contract(model)
-    kind.check_run(layers, args.steps)
+    plan = kind.plan(layers, args.steps)
 
     run = Run(args)
     run.write("config.json", {"args": vars(args), "versions": versions()})
-    trainable, total = print_header(args, model, task, cut=sum(s.cut for s in sequences))
+    trainable, total = print_header(args, model, task, plan, cut=sum(s.cut for s in sequences))
     before = score(model, tokenizer, task, args.max_eval)
     fit(model, sequences, args, run, lambda: score(model, tokenizer, task, args.max_eval, "valid"))
     after = score(model, tokenizer, task, args.max_eval)

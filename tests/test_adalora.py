@@ -21,7 +21,7 @@ def run(layers, steps, after=lambda step: None):
     """A training run in which every gradient is random."""
     optimizer = torch.optim.AdamW([p for layer in layers for p in (layer.P, layer.lam, layer.Q)],
                                   lr=0.01)
-    AdaLoRALinear.check_run(layers, steps)
+    AdaLoRALinear.plan(layers, steps)
     for step in range(steps):
         for layer in layers:
             for p in (layer.P, layer.lam, layer.Q):
@@ -150,6 +150,14 @@ def test_the_budget_at_its_corners():
     assert [budget(s, 4, 3, 1, 0, 1) for s in range(4)] == [3, 1, 1, 1]     # 1 + 2 (2/3)^3 = 1.59
 
 
+def test_shares_of_the_run_become_steps_rounded_down():
+    layer = ada(t_init=0.29, t_final=0.3)
+    assert layer.phases(100) == (29, 30) and layer.phases(7) == (2, 2)
+    assert ada(t_init=0, t_final=0).phases(50) == (0, 1)       # the last step prunes to the target
+    assert ada(t_init=4, t_final=6).phases(100) == (4, 6)
+    assert [ada(9, 9, rank=rank).init_rank for rank in (1, 2, 3, 4, 5)] == [2, 3, 4, 6, 8]
+
+
 @pytest.mark.parametrize("steps", [2, 3, 5, 12, 40])
 @pytest.mark.parametrize("delta_t", [1, 3])
 def test_with_default_phases_the_kept_directions_end_at_the_budget_exactly(steps, delta_t):
@@ -160,16 +168,15 @@ def test_with_default_phases_the_kept_directions_end_at_the_budget_exactly(steps
         assert layer.P.any(0).all() and layer.Q.any(1).all()      # the vectors of the pruned stay
 
 
-def test_kept_directions_follow_the_schedule_at_every_delta_t_steps():
-    layers, counts = [ada(rank=4, init_rank=6), ada(rank=4, init_rank=6)], []
-    for layer in layers:
-        layer.t_init, layer.t_final, layer.delta_t = 4, 6, 2
+def test_prunings_are_at_multiples_of_delta_t_and_at_every_step_of_the_last_phase():
+    own = dict(rank=4, init_rank=6, t_init=3, t_final=7, delta_t=5)
+    layers, counts = [ada(**own), ada(**own)], []
     run(layers, 30, lambda step: counts.append(count(layers)))
-    for step in (*range(5, 24), *range(24, 30)):
-        if step % 2 == 0 or step >= 24:
-            assert counts[step] == budget(step, 30, 12, 8, 4, 6), step
-    assert counts[:6] == [12] * 6 and counts[24:] == [8] * 6
-    assert any(n > budget(s, 30, 12, 8, 4, 6) for s, n in enumerate(counts) if s in range(7, 24, 2))
+    for step in (5, 10, 15, 20, *range(23, 30)):
+        assert counts[step] == budget(step, 30, 12, 8, 3, 7), step
+    assert counts[:5] == [12] * 5                # a multiple of 5 counts from 0, not from t_init
+    for step in (6, 11, 16, 21, 22):             # the pruned ones have moved off 0 again
+        assert counts[step] == 12
 
 
 def test_ranks_differ_between_layers_since_the_budget_is_one_for_the_model():
@@ -224,16 +231,48 @@ def test_with_nothing_to_prune_nothing_is_pruned():
 def test_a_schedule_that_leaves_no_step_to_prune_in_is_refused_before_the_first(phases, steps):
     layer = ada(t_init=phases[0], t_final=phases[1])
     layer.lam.grad = torch.ones(3)
-    for call in (lambda: AdaLoRALinear.check_run([layer], steps),
+    for call in (lambda: AdaLoRALinear.plan([layer], steps),
                  lambda: AdaLoRALinear.on_step([layer], 0, steps)):
         with pytest.raises(UserError, match="t_init .* t_final"):
             call()
+
+
+def test_the_plan_says_what_will_happen():
+    assert AdaLoRALinear.plan(iter([ada(rank=2), ada(rank=2)]), 100) == (
+        "6 directions, pruned to 4 in steps 11 to 70")
+    assert AdaLoRALinear.plan([ada(rank=2, init_rank=2)], 100) == ""
+
+
+def test_a_step_that_overflowed_tells_nothing():
+    layer = ada()
+    run([layer], 20, lambda step: None)
+    for bad in (float("inf"), float("nan")):
+        layer.P.grad = torch.full_like(layer.P, bad)
+        with torch.no_grad():
+            layer.learn_importance()
+        assert layer.importance().isfinite().all()
 
 
 def test_a_loop_that_clears_the_gradients_first_is_told():
     layer = ada()
     with pytest.raises(UserError, match="before zero_grad"):
         AdaLoRALinear.on_step([layer], 0, 20)
+
+
+def test_a_layer_that_the_loss_did_not_reach_counts_as_one_without_gradient():
+    used, unused = ada(), ada()
+    for p in (used.P, used.lam, used.Q):
+        p.grad = torch.ones_like(p)
+    AdaLoRALinear.on_step(iter([used, unused]), 0, 20)
+    assert used.importance().all() and not unused.importance().any()
+
+
+def test_autocast_does_not_reach_the_penalty():
+    layer = ada(64, 64, rank=4)
+    nn.init.orthogonal_(layer.P)
+    nn.init.orthogonal_(layer.Q)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert AdaLoRALinear.extra_loss([layer]) < 1e-6
 
 
 def test_on_step_fills_its_buffers_in_place():
@@ -244,8 +283,8 @@ def test_on_step_fills_its_buffers_in_place():
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(init_rank=1), dict(init_rank=2.5), dict(t_init=-1), dict(t_final=1.5), dict(delta_t=0),
-    dict(t_init=float("nan")), dict(beta1=0.0), dict(beta2=1.0), dict(gamma=-0.1)])
+    dict(init_rank=1), dict(init_rank=12), dict(init_rank=2.5), dict(t_init=-1),
+    dict(t_init=float("nan")), dict(t_final=1.5), dict(delta_t=0), dict(beta1=0.0), dict(beta2=1.0), dict(gamma=-0.1)])
 def test_wrong_arguments_are_refused_by_name(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         ada(**wrong)

@@ -20,9 +20,9 @@ def dora(n_in, n_out, rank=3, alpha=4.0, dtype=None, bias=True, **kwargs):
 
 def naive(layer, x):
     """Equation 5, word for word, in plain autograd."""
-    V = layer.base.weight + layer.alpha / len(layer.A) * layer.B @ layer.A
-    norm = V.norm(dim=1, keepdim=True)
-    W = layer.magnitude[:, None] * V / (norm if layer.norm_gradient else norm.detach())
+    W = layer.base.weight + layer.alpha / len(layer.A) * layer.B @ layer.A
+    norm = W.norm(dim=1, keepdim=True)
+    W = layer.magnitude[:, None] * W / (norm if layer.norm_gradient else norm.detach())
     return F.linear(x, W, layer.base.bias)
 
 
@@ -50,7 +50,7 @@ def hand_worked(**kwargs):
 
 def test_a_hand_worked_2x2_layer_gives_these_numbers():
     layer = hand_worked()
-    # V = [[3, 4], [0, 2]] + 2 [[1.5, 2], [0, 0]] = [[6, 8], [0, 2]];  ||V|| = [10, 2]; m = [20, 2]
+    # W = [[3, 4], [0, 2]] + 2 [[1.5, 2], [0, 0]] = [[6, 8], [0, 2]];  ||W|| = [10, 2]; m = [20, 2]
     assert layer.squared_norm().tolist() == [100, 4]
     assert layer.merged_weight().tolist() == [[12, 16], [0, 2]]
     assert layer.delta_weight().tolist() == [[9, 12], [0, 0]]
@@ -58,19 +58,19 @@ def test_a_hand_worked_2x2_layer_gives_these_numbers():
     y, dx, dA, dB, dm = gradients(layer, layer, x, g)
     assert y.tolist() == [28 + 10, 2 + 20]                  # the bias is not scaled
     assert dx.tolist() == [12, 18]                          # g W'
-    assert torch.allclose(dm, torch.tensor([1.4, 1.]))      # g V x / ||V|| = [14 / 10, 2 / 2]
-    # the norm is a constant: dV = m / ||V|| g x' = [[2, 2], [1, 1]]
-    assert dB.tolist() == [[28], [14]]                      # 2 dV A'
-    assert dA.tolist() == [[2, 2]]                          # 2 B' dV
+    assert torch.allclose(dm, torch.tensor([1.4, 1.]))      # g W x / ||W|| = [14 / 10, 2 / 2]
+    # the norm is a constant: dW = m / ||W|| g x' = [[2, 2], [1, 1]]
+    assert dB.tolist() == [[28], [14]]                      # 2 dW A'
+    assert dA.tolist() == [[2, 2]]                          # 2 B' dW
 
 
-def test_the_full_gradient_of_the_hand_worked_layer_is_at_right_angles_to_v():
+def test_the_full_gradient_of_the_hand_worked_layer_is_at_right_angles_to_w():
     layer = hand_worked(norm_gradient=True)
     _, _, dA, dB, dm = gradients(layer, layer, torch.ones(2), torch.ones(2))
-    # dV = m / ||V|| (g x' - v v' g x'), v = V / ||V||: 2 ([1, 1] - 1.4 [.6, .8]) = [.32, -.24]
+    # dW = m / ||W|| (g x' - v v' g x'), v = W / ||W||: 2 ([1, 1] - 1.4 [.6, .8]) = [.32, -.24]
     # in row 0, [1, 1] - [0, 1] = [1, 0] in row 1
     assert torch.allclose(dA, torch.tensor([[0.32, -0.24]]), atol=1e-6)
-    assert torch.allclose(dB, torch.tensor([[0.], [6.]]), atol=1e-5)     # A is parallel to V's row
+    assert torch.allclose(dB, torch.tensor([[0.], [6.]]), atol=1e-5)     # A is parallel to W's row
     assert torch.allclose(dm, torch.tensor([1.4, 1.]))
 
 
@@ -118,12 +118,41 @@ def test_magnitude_starts_at_the_row_lengths_of_the_weights_that_are_loaded(dtyp
     assert torch.equal(layer.ratio(layer.squared_norm()), torch.ones_like(layer.magnitude))
 
 
-def test_the_norm_needs_no_sum_of_weights_even_where_rows_nearly_cancel():
+def test_the_norm_by_expansion_is_the_norm_of_the_sum():
     layer = dora(64, 32)
-    with torch.no_grad():
-        layer.B[0] = torch.linalg.lstsq(layer.scale * layer.A.t(), -layer.base.weight[0]).solution
     expected = (layer.base.weight + layer.scale * layer.B @ layer.A).pow(2).sum(1)
-    assert torch.allclose(layer.squared_norm(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.allclose(layer.squared_norm(), expected, rtol=1e-5)
+    assert not layer.squared_norm().requires_grad       # a constant: no graph is built for it
+
+
+def test_an_update_that_cancels_the_weight_gives_no_nan():
+    layer = dora(6, 6, rank=6, bias=False)
+    with torch.no_grad():
+        layer.A.copy_(torch.eye(6))
+        layer.B.copy_(-layer.base.weight / layer.scale)       # ||W||^2 is 0, or -1e-9 by rounding
+    assert layer.squared_norm().abs().max() < 1e-6
+    y = layer(torch.randn(4, 6))
+    y.sum().backward()
+    assert y.isfinite().all() and layer.magnitude.grad.isfinite().all()
+
+
+def test_a_tiny_row_keeps_its_scale():
+    base = nn.Linear(6, 5, bias=False)
+    with torch.no_grad():
+        base.weight[0] *= 1e-5
+    layer, x = DoRALinear(base, 2, 4), torch.randn(3, 6)
+    assert torch.allclose(layer(x), base(x), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("how", ["copied", "assigned", "from meta"])
+def test_loading_other_weights_into_the_layer_measures_them_anew(how):
+    source, x = dora(6, 5), torch.randn(3, 6)
+    if how == "from meta":
+        layer = DoRALinear(nn.Linear(6, 5, device="meta"), 3, 4.0).to_empty(device="cpu")
+    else:
+        layer = dora(6, 5)
+    layer.load_state_dict(source.state_dict(), assign=how == "assigned")
+    assert torch.equal(layer(x), source(x))
 
 
 def test_dropout_spares_only_the_first_pass_through_the_pretrained_weight():

@@ -112,7 +112,14 @@ def test_directions_are_chosen_after_step_prelaunch_minus_1_and_stay():
             chosen = layer.U.clone()
         nn.init.normal_(layer.B)
     assert torch.equal(layer.U, chosen) and chosen.any()
+    assert not any(buffer.requires_grad for buffer in buffers)
     assert all(a is b for a, b in zip(buffers, [layer.U, layer.Vt, layer.dashing]))
+
+
+def test_a_loop_that_missed_the_step_chooses_at_the_next():
+    layer = dash(11, 17, dashing=False, prelaunch=3)
+    LoRADashLinear.on_step([layer], 4, 10)
+    assert layer.dashing
 
 
 def test_adam_s_state_of_the_coordinates_starts_with_the_dash():
@@ -132,7 +139,9 @@ def test_adam_s_state_of_the_coordinates_starts_with_the_dash():
 def test_a_run_too_short_for_its_prelaunch_dashes_after_its_first_quarter():
     assert [last_prelaunch_step(n, 100) for n in (2, 4, 12, 100, 101, 300)] == [0, 0, 2, 24, 99, 99]
     with pytest.raises(UserError, match="at least 2 steps"):
-        LoRADashLinear.check_run([], 1)
+        LoRADashLinear.plan([], 1)
+    assert LoRADashLinear.plan([dash(6, 5, prelaunch=7)], 20) == (
+        "plain LoRA up to step 6, then the dash")
 
 
 @pytest.mark.parametrize("kind", ["zero", "one direction"])
@@ -144,6 +153,8 @@ def test_a_weight_that_lacks_directions_gives_no_nan(kind):
             layer.base.weight[2, 3] = 7
     layer.launch()
     assert layer.U.isfinite().all() and layer(torch.randn(2, 6)).isfinite().all()
+    if kind == "one direction":         # a change along a direction of size 0: the highest rate
+        assert layer.change_rates()[1].isinf().any()
     nn.init.zeros_(layer.B)             # no change at all: 0 / 0
     assert not layer.change_rates()[1].isnan().any()
 

@@ -449,6 +449,14 @@ def test_dropout_and_evaluation_mode_reach_the_new_layers():
     assert adapters(model)["q"].dropout.p == 0.3
 
 
+def test_the_defaults_are_the_papers():
+    assert METHODS["dora"].hyper == {"norm_gradient": False}
+    assert METHODS["adalora"].hyper == dict(init_rank=None, t_init=0.1, t_final=0.3, delta_t=1,
+                                            beta1=0.85, beta2=0.85, gamma=0.1)
+    assert METHODS["dash"].hyper == dict(directions=8, prelaunch=100)
+    assert METHODS["lora+"].lr_ratio == 16 and METHODS["lora"].lr_ratio == 1
+
+
 # ---- optimizer groups
 @pytest.mark.parametrize("method", METHODS)
 def test_every_trainable_parameter_is_in_exactly_one_group(method):
