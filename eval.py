@@ -2,30 +2,35 @@
 
     python eval.py --run runs/facts-dual-r8-s0             repeats the score that the run stored
     python eval.py --run runs/facts-dual-r8-s0 --prompt "Tilda Pelfield lives in"
+    python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     and every answer
     python eval.py --model data/base --task facts          a pretrained model as it is
+Beside every share stands its 95 % confidence interval (Wilson's), from the number of items alone:
+it does not know that another seed would have trained another model.
 """
 import json
+import math
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-from common import Parser, UserError, default_device, device, exit_on_user_error
+from common import (Parser, UserError, atomic_write, default_device, device,
+                    exit_on_user_error)
 from convert import load_pretrained
-from data import TASKS, load_task
-from data.task import Task
+from data import OPTIONS, TASKS, load_task
+from data.task import Scores, Task
 from generate import generate
 from methods import load
 
 
 def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
-          batch_size: int = 128) -> dict[str, float]:
-    """metric -> value on a task's split, or on at most `max_eval` of its examples."""
+          batch_size: int = 128) -> Scores:
+    """Of a task's split, or of at most `max_eval` of its examples."""
     examples = getattr(task, split)
     if max_eval is not None and max_eval < len(examples):
         examples = sample(examples, max_eval)
-    return task.score(model, tokenizer, examples, batch_size, task.max_length)
+    return task.score(model, tokenizer, examples, batch_size)
 
 
 def sample(examples: list, n: int) -> list:
@@ -38,11 +43,36 @@ def sample(examples: list, n: int) -> list:
             for i in range(min(share, len(group)))]
 
 
-def print_scores(**columns: dict[str, float]) -> None:
-    """A table with a row for each metric and a column for each dictionary."""
-    print(" " * 14 + "".join(f"{title:>12}" for title in columns))
-    for name in next(iter(columns.values())):
-        print(f"{name:14}" + "".join(f"{values[name]:12.4f}" for values in columns.values()))
+def interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share of n independent items."""
+    z = 1.96
+    middle = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def print_scores(scores: Scores) -> None:
+    """A line a metric with its interval; metrics called row/column become one table, as in the
+    papers, with half the width of each interval below its value."""
+    bounds = {name: interval(scores.values[name], n) for name, n in scores.counts.items()}
+    rows = {name.split("/")[0]: {} for name in scores.values if "/" in name}
+    for name, value in scores.values.items():
+        if "/" in name:
+            row, column = name.split("/")
+            rows[row][column] = value
+        else:
+            print(f"{name:16}{value:10.4f}" + (
+                "   95 % [{:.4f}, {:.4f}]".format(*bounds[name]) if name in bounds else ""))
+    if rows:
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        print(" " * 16 + "".join(f"{column:>11}" for column in columns))
+    for row, values in rows.items():
+        print(f"{row:16}" + "".join(f"{values[column]:11.4f}" for column in columns))
+        widths = {column: (high - low) / 2 for column in columns
+                  for low, high in [bounds.get(f"{row}/{column}", (0, 0))]}
+        if any(widths.values()):
+            print(f"{'  95 % within':16}" + "".join(
+                f"{'+-':>5}{width:6.4f}" if width else " " * 11 for width in widths.values()))
 
 
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
@@ -59,7 +89,7 @@ def read_run(folder: str) -> Namespace:
     path = Path(folder) / "config.json"
     try:
         args = json.loads(path.read_text(encoding="utf-8"))["args"]
-        for name in ("model", "task", "data", "max_length", "max_eval"):
+        for name in ("model", "task", "max_length", "max_eval", *OPTIONS):
             args[name]
         return Namespace(**args)
     except FileNotFoundError:
@@ -74,19 +104,22 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--run", help="folder that train.py wrote")
     what.add_argument("--model", help="instead: HF-layout folder, or owner/name on the hub")
     what.add_argument("--task", help=f"with --model: {', '.join(TASKS)}")
-    what.add_argument("--data", help="with --model and --task text or jsonl: the file")
+    for name, options in OPTIONS.items():
+        what.add_argument(f"--{name.replace('_', '-')}", **options)
     what.add_argument("--max-length", type=int, help="with --model: tokens of an example (256)")
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
     how.add_argument("--batch-size", type=int, default=128, help="changes the speed only (128)")
+    how.add_argument("--predictions", metavar="FILE", type=Path,
+                     help="write prompt, output, answer and gold of every item, as JSON lines")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
     how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         raise UserError("give one of --run FOLDER and --model PATH")
-    for flag in ("task", "data", "max_length"):
-        if args.run is not None and getattr(args, flag) is not None:
+    for flag in ("task", "max_length", *OPTIONS):
+        if args.run is not None and getattr(args, flag) is not None and flag != "beams":
             raise UserError(f"--{flag.replace('_', '-')}: a run has its own; use it with --model")
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
@@ -111,11 +144,23 @@ def main(argv: list[str] | None = None) -> None:
             print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
     max_length = min(256 if run.max_length is None else run.max_length, model.config.max_positions)
-    task = load_task(run.task, tokenizer, max_length, run.data)
+    options = {name: getattr(run, name) for name in OPTIONS}
+    if args.beams is not None:
+        options["beams"] = args.beams
+    task = load_task(run.task, tokenizer, max_length, **options)
     if args.run:
         load(model, Path(args.run) / "adapter.safetensors")
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
-    print_scores(score=score(model, tokenizer, task, max_eval, batch_size=args.batch_size))
+    scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
+    print(f"{run.task}: {len(scores.predictions) or len(task.test)} test items"
+          + (f"; beams {options['beams']}" if options["beams"] else "")
+          + (f"; trained with the loss on {run.loss_on}" if args.run else "")
+          + (f"; missing: {task.notes['missing']}" if "missing" in task.notes else ""))
+    print_scores(scores)
+    if args.predictions is not None:
+        with atomic_write(args.predictions) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in scores.predictions),
+                            encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,16 +15,17 @@ from common import UserError
 def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 1,
              temperature: float = 0.0, top_p: float = 1.0, length_penalty: float = 1.0,
              no_repeat_ngram: int = 0, eos: int | list[int] | None = None,
-             seed: int | None = None) -> list[list[int]]:
+             seed: int | None = None, copy_prompt: bool = False) -> list[list[int]]:
     """The new tokens of each prompt, cut before eos (of several beams, the best one).
 
     temperature 0 is greedy; otherwise tokens are drawn from softmax(logits / temperature) over
     the smallest set of tokens whose probability reaches top_p (Holtzman et al. 2019), by a
     generator that `seed` starts. beams > 1 compares texts by sum of log-probabilities /
     length^length_penalty, as transformers does, and leaves nothing to chance. no_repeat_ngram = n
-    forbids a token that would repeat n tokens of the sequence, prompt included. eos defaults to
-    the config's (a list of ids stops at any of them). Greedy and beams give a prompt the same
-    tokens whatever it is batched with.
+    forbids a token that would repeat n tokens of the sequence, prompt included (as transformers
+    does) unless copy_prompt: then only what is new counts, so that a name in the prompt can be
+    written again. eos defaults to the config's (a list of ids stops at any of them). Greedy and
+    beams give a prompt the same tokens whatever it is batched with.
 
     UserError: an empty prompt, a token outside the vocabulary, an option out of its range, or a
     sequence longer than the model's positions.
@@ -32,19 +33,20 @@ def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 
     eos = model.config.eos if eos is None else eos
     eos = [eos] if isinstance(eos, int) else list(eos)
     check(model, prompts, max_new_tokens, beams, temperature, top_p)
+    heads = [[] for _ in prompts] if copy_prompt else prompts   # what no_repeat_ngram reads first
     was_training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             if beams > 1:
-                return beam_search(model, prompts, max_new_tokens, beams, length_penalty,
+                return beam_search(model, prompts, heads, max_new_tokens, beams, length_penalty,
                                    no_repeat_ngram, eos)
             device = model.embed.weight.device
             chance = torch.Generator(device)
             chance.manual_seed(seed) if seed is not None else chance.seed()
             pick = (lambda logits: logits.argmax(-1)) if temperature == 0 else (
                 lambda logits: sample(logits, temperature, top_p, chance))
-            return one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos)
+            return one_by_one(model, prompts, heads, max_new_tokens, pick, no_repeat_ngram, eos)
     finally:
         model.train(was_training)
 
@@ -91,7 +93,7 @@ def advance(model, tokens: Tensor, cache, mask: Tensor | None) -> Tensor:
     return model(tokens[:, None], visible, cache)[:, -1].float()
 
 
-def one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos) -> list[list[int]]:
+def one_by_one(model, prompts, heads, max_new_tokens, pick, no_repeat_ngram, eos):
     """Greedy or sampling: `pick` turns logits (B, vocab) into tokens (B,)."""
     if not prompts or max_new_tokens == 0:
         return [[] for _ in prompts]
@@ -100,7 +102,7 @@ def one_by_one(model, prompts, max_new_tokens, pick, no_repeat_ngram, eos) -> li
     logits, cache, mask = start(model, prompts, max_new_tokens)
     for step in range(max_new_tokens):
         if no_repeat_ngram > 0:
-            forbid_repeats(logits, [p + n for p, n in zip(prompts, new)], no_repeat_ngram)
+            forbid_repeats(logits, [h + n for h, n in zip(heads, new)], no_repeat_ngram)
         tokens = pick(logits)
         for i, token in enumerate(tokens.tolist()):
             done[i] = done[i] or token in eos
@@ -130,7 +132,7 @@ def forbid_repeats(logits: Tensor, sequences: list[list[int]], n: int) -> None:
                 row[sequence[i + n - 1]] = -torch.inf
 
 
-def beam_search(model, prompts, max_new_tokens, K, length_penalty, no_repeat_ngram, eos):
+def beam_search(model, prompts, heads, max_new_tokens, K, length_penalty, no_repeat_ngram, eos):
     """Keeps the K likeliest unfinished texts of each prompt and its K best finished ones.
 
     A text that ends (eos among a prompt's K best candidates, or the last step) is finished with
@@ -154,7 +156,7 @@ def beam_search(model, prompts, max_new_tokens, K, length_penalty, no_repeat_ngr
     for length in range(1, max_new_tokens + 1):
         logp = logits.log_softmax(-1)
         if no_repeat_ngram > 0:
-            whole = [prompts[i] + text for i in range(B) for text in texts[i]]
+            whole = [heads[i] + text for i in range(B) for text in texts[i]]
             forbid_repeats(logp, whole, no_repeat_ngram)
         vocab = logp.shape[-1]
         total = (scores[:, :, None] + logp.view(B, K, vocab)).view(B, -1)

@@ -8,6 +8,7 @@
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/: config.json (the resolved flags),
 log.jsonl (a line a step), adapter.safetensors, checkpoint.pt, result.json.
 """
+import hashlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import time
 from argparse import BooleanOptionalAction, Namespace
 from collections import defaultdict
 from functools import lru_cache
+from inspect import Parameter
 from pathlib import Path
 
 import torch
@@ -27,9 +29,10 @@ from tqdm import tqdm
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
                     nearest)
 from convert import load_pretrained
-from data import TASKS, load_task
+from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
-from eval import print_scores, read_run, score
+from data.world import VERSION
+from eval import read_run, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
 
@@ -62,7 +65,8 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--method", help=f"{', '.join(METHODS)}")
     what.add_argument("--model", help="HF-layout folder, or owner/name on the hub (data/base)")
     what.add_argument("--task", help=f"{', '.join(TASKS)} (facts)")
-    what.add_argument("--data", help="with --task text or jsonl: the file")
+    for name, how in OPTIONS.items():
+        what.add_argument(flag(name), **how)
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, help="budget: as many parameters as LoRA of that rank "
                                                   "(8); adalora: at the end, on average")
@@ -152,7 +156,9 @@ def resolve(args: Namespace) -> None:
     if max(1.0, args.lr_ratio or 1.0) * args.lr > 1e3:
         raise UserError(f"--lr {args.lr}, --lr-ratio {args.lr_ratio}: a learning rate above 1000")
     fill(args, {"out": free_folder(args)})
-    for name in ("model", "data"):          # so that eval.py finds them from any folder
+    fill(args, {name: default for name, default in options_of(args.task).items()
+                if default is not Parameter.empty})
+    for name in ("model", "data", "data_dir", "prompt_template"):   # found from any folder then
         if getattr(args, name) is not None and Path(getattr(args, name)).exists():
             setattr(args, name, os.path.abspath(getattr(args, name)))
 
@@ -300,6 +306,14 @@ def free_folder(args: Namespace) -> str:
     return next(path for path in tries if not Path(path).exists())
 
 
+def fingerprint(model) -> str:
+    """sha256 of all weights in the order of their names: which model a run began with."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(model.state_dict().items()):
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def versions() -> dict:
     try:
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
@@ -308,7 +322,7 @@ def versions() -> dict:
     except OSError:                         # no git on this machine
         commit = None
     return {"python": platform.python_version(), "torch": torch.__version__,
-            "commit": commit, "machine": platform.machine(),
+            "world": VERSION, "commit": commit, "machine": platform.machine(),
             "threads": torch.get_num_threads()}
 
 
@@ -329,7 +343,7 @@ def shown(path: str) -> str:
     return os.path.relpath(path) if os.path.exists(path) else path
 
 
-def print_header(args: Namespace, model, task, plan: str, cut: int) -> tuple[int, int]:
+def print_header(args: Namespace, model, task, plan: str, cut: dict) -> tuple[int, int]:
     """Says what will run -> (trainable, total) parameters."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
@@ -344,8 +358,11 @@ def print_header(args: Namespace, model, task, plan: str, cut: int) -> tuple[int
         print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}")
-    if cut:
-        print(f"{cut} examples lost the start of their prompt to --max-length {args.max_length}")
+    if any(cut.values()):
+        print(f"{cut['train']} train and {cut['held out']} other examples lose the start of their "
+              f"prompt to --max-length {args.max_length}")
+    if "missing" in task.notes:
+        print(f"missing: {task.notes['missing']}")
     print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}, "
           f"warm-up {args.warmup}, seed {args.seed}, {args.device}")
     return trainable, total
@@ -383,10 +400,13 @@ def main(argv: list[str] | None = None) -> None:
     if tokenizer is None:
         raise UserError(f"{args.model}: the folder holds no tokenizer")
     args.max_length = min(args.max_length, model.config.max_positions)
-    task = load_task(args.task, tokenizer, args.max_length, args.data)
+    task = load_task(args.task, tokenizer, args.max_length,
+                     **{name: getattr(args, name) for name in OPTIONS})
     resolve_task(args, task)
     sequences = encode_all(task.train, tokenizer, model, args.max_length, loss_on=args.loss_on)
-    encode_all(task.valid + task.test, tokenizer, model, args.max_length)   # whatever is wrong, now
+    held_out = encode_all(task.valid + task.test, tokenizer, model, args.max_length)
+    cut = {"train": sum(s.cut for s in sequences), "held out": sum(s.cut for s in held_out)}
+    base = fingerprint(model)
     torch.manual_seed(args.seed)
     method = METHODS[args.method]
     if method.layer is None:
@@ -400,20 +420,23 @@ def main(argv: list[str] | None = None) -> None:
 
     run = Run(args)
     run.write("config.json", {"args": vars(args), "versions": versions()})
-    trainable, total = print_header(args, model, task, plan, cut=sum(s.cut for s in sequences))
+    trainable, total = print_header(args, model, task, plan, cut)
     before = score(model, tokenizer, task, args.max_eval)
-    fit(model, sequences, args, run, lambda: score(model, tokenizer, task, args.max_eval, "valid"))
+    fit(model, sequences, args, run,
+        lambda: score(model, tokenizer, task, args.max_eval, "valid").values)
     after = score(model, tokenizer, task, args.max_eval)
     save(model, run.folder / "adapter.safetensors")
     run.write("result.json", {
         "method": args.method, "task": args.task, "trainable": trainable, "total": total,
-        "before": before, "after": after,
-        "valid": score(model, tokenizer, task, args.max_eval, "valid"),
+        "before": before.values, "after": after.values, "counts": after.counts,
+        "valid": score(model, tokenizer, task, args.max_eval, "valid").values,
         "seconds": round(time.time() - start, 1), "peak_memory_mb": peak_memory_mb(args.device),
-        "loss_on": args.loss_on, "seed": args.seed, "notes": task.notes, "versions": versions(),
-        "command": args.command})
-    print_scores(before=before, after=after)
-    example = next((e for e in task.test if isinstance(e, Example)), None)
+        "loss_on": args.loss_on, "seed": args.seed, "cut": cut, "notes": task.notes,
+        "base": base, "versions": versions(), "command": args.command})
+    print(f"{'':20}{'before':>12}{'after':>12}")
+    for name, value in after.values.items():
+        print(f"{name:20}{before.values[name]:12.4f}{value:12.4f}")
+    example = next((e for e in task.test if isinstance(e, Example) and "\n" not in e.prompt), None)
     print(f"{time.time() - start:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
     print(f"  python eval.py --run {shlex.quote(args.out)}"
           + (f" --prompt {shlex.quote(example.prompt)}" if example else ""))

@@ -69,7 +69,7 @@ def report(model: Transformer, tokenizer, world: World) -> dict[str, float]:
         who = "untaught" if fact.subject in world.untaught else "taught"
         examples += [Example(*cloze(fact, i), group=f"statement {i}") for i in range(5)]
         examples += [Example(*question(fact, i), group=f"question, {who}") for i in range(3)]
-    return recall(model, tokenizer, examples, batch_size=256, max_length=LENGTH)
+    return recall(model, tokenizer, examples, batch_size=256, max_length=LENGTH).values
 
 
 def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""What a task is: examples of prompt and target, how they become tokens, and how a model is
-scored on them by likelihood. Each task family has its own file beside this one.
+"""What a task is: examples of prompt and target, how they become tokens, and the three ways to
+score a model on them: is the target what it would write, which of the choices is likeliest, and
+what does it write. Each task family has its own file beside this one.
 """
-from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import Callable, Iterator, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError
+from generate import generate
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,31 @@ class Sequence(NamedTuple):
     cut: bool = False       # it lost the start of its prompt to the length limit
 
 
+class Scores(NamedTuple):
+    """What a model achieves on a list of examples."""
+    values: dict[str, float]        # metric -> value; shares are in [0, 1]
+    counts: dict[str, int]          # metric -> the number of items that it is a share of
+    predictions: list[dict]         # of each item what --predictions writes: prompt, gold, ...
+
+
 @dataclass
 class Task:
-    """Three splits and how to score them.
+    """Three splits and how to score them; a task family overrides score().
 
-    score(model, tokenizer, examples, batch_size, max_length) -> metric -> value. `train` is learnt
-    from, `valid` may steer choices (learning rates, steps), `test` is scored once before and once
-    after.
+    `train` is learnt from, `valid` may steer choices (learning rates, steps), `test` is scored
+    once before and once after.
     """
     name: str
     train: list
     valid: list
     test: list
-    score: Callable
     max_length: int                                 # tokens of an example
     loss_on: str = "answer"                         # or "all": the loss counts the prompt too
     defaults: dict = field(default_factory=dict)    # flag -> value where the user gives none
     notes: dict = field(default_factory=dict)       # what result.json says of the data
+
+    def score(self, model, tokenizer, examples: list, batch_size: int) -> Scores:
+        raise NotImplementedError
 
 
 def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str = "answer",
@@ -124,7 +133,7 @@ class Score(NamedTuple):
 
 
 def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Score]:
-    """Scores every sequence, in order. Batches hold sequences of similar length."""
+    """Scores every sequence, in order."""
     scores: list = [None] * len(sequences)
     device, was_training = model.embed.weight.device, model.training
     model.eval()
@@ -145,21 +154,59 @@ def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Sco
     return scores
 
 
-def by_length(sequences: list[Sequence], batch_size: int) -> Iterator[list[int]]:
+def by_length(sequences: list[Sequence], batch_size: int,
+              title: str = "scoring") -> Iterator[list[int]]:
+    """Batches of indices, sequences of similar length together."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
     starts = range(0, len(order), batch_size)
-    for i in tqdm(starts, desc="scoring", leave=False, disable=len(starts) < 20):
+    for i in tqdm(starts, desc=title, leave=False, disable=len(starts) < 20):
         yield order[i:i + batch_size]
 
 
-def recall(model, tokenizer, examples: list[Example], batch_size: int,
-           max_length: int) -> dict[str, float]:
-    """Group -> share of examples whose target greedy decoding writes exactly, in [0, 1]."""
+def shares(groups: list[str], right: list[bool]) -> tuple[dict[str, float], dict[str, int]]:
+    """-> group -> share of its items that are right, and group -> number of its items."""
+    counts = {name: groups.count(name) for name in dict.fromkeys(groups)}
+    return {name: sum(r for g, r in zip(groups, right) if g == name) / n
+            for name, n in counts.items()}, counts
+
+
+def recall(model, tokenizer, examples: list[Example], batch_size: int, max_length: int) -> Scores:
+    """Of each group, the share of examples whose target greedy decoding writes exactly."""
     sequences = encode_all(examples, tokenizer, model, max_length, eos=False)
-    groups = defaultdict(list)
-    for example, score in zip(examples, score_targets(model, sequences, batch_size)):
-        groups[example.group].append(score.right)
-    return {name: sum(rights) / len(rights) for name, rights in groups.items()}
+    right = [score.right for score in score_targets(model, sequences, batch_size)]
+    rows = [dict(group=e.group, prompt=e.prompt, gold=e.target, right=r)
+            for e, r in zip(examples, right)]
+    return Scores(*shares([e.group for e in examples], right), rows)
+
+
+def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
+                  max_length: int) -> list[list[float]]:
+    """Of each example -log p(choice | prompt) for each of its choices, in nats."""
+    sequences = encode_all([replace(example, target=choice) for example in examples
+                            for choice in example.choices], tokenizer, model, max_length)
+    losses = iter(score.loss for score in score_targets(model, sequences, batch_size))
+    return [[next(losses) for _ in example.choices] for example in examples]
+
+
+def write(model, tokenizer, examples: list[Example], batch_size: int, max_length: int,
+          max_new_tokens: int, **options) -> list[str]:
+    """What the model writes after each prompt; options: beams and what else generate() takes.
+
+    A prompt longer than max_length, or than the positions that max_new_tokens leave, loses its
+    start.
+    """
+    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    room = min(max_length, model.config.max_positions - max_new_tokens) - len(head)
+    if room < 1:
+        raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
+                        f"prompt beside the {max_new_tokens} new tokens of this task")
+    prompts = [Sequence(head + tokenizer.encode(e.prompt)[-room:], 0) for e in examples]
+    texts: list = [None] * len(examples)
+    for indices in by_length(prompts, batch_size, "writing"):
+        new = generate(model, [prompts[i].tokens for i in indices], max_new_tokens, **options)
+        for i, ids in zip(indices, new):
+            texts[i] = tokenizer.decode(ids)
+    return texts
 
 
 def split_file(items: list) -> tuple[list, list, list]:

@@ -6,12 +6,10 @@ import math
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Score, Sequence, Task, encode_all, score_targets, split_file
+from data.task import Example, Scores, Sequence, Task, encode_all, score_targets, split_file
 
 
-def read(data: str | None, task: str) -> str:
-    if data is None:
-        raise UserError(f"--task {task} needs --data FILE")
+def read(data: str) -> str:
     try:
         return Path(data).read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -20,29 +18,25 @@ def read(data: str | None, task: str) -> str:
         raise UserError(f"{data}: not UTF-8 text at byte {error.start}") from None
 
 
-def perplexity(model, tokenizer, examples: list, batch_size: int,
-               max_length: int) -> dict[str, float]:
-    """Mean loss in nats a target token, and its exponential."""
-    sequences = encode_all(examples, tokenizer, model, max_length)
-    return mean_loss(score_targets(model, sequences, batch_size))
+class Text(Task):
+    def score(self, model, tokenizer, examples: list, batch_size: int) -> Scores:
+        """Mean loss in nats a target token, and its exponential; of jsonl also the share of
+        examples whose target, eos included, greedy decoding writes exactly."""
+        sequences = encode_all(examples, tokenizer, model, self.max_length)
+        scores = score_targets(model, sequences, batch_size)
+        loss = math.fsum(s.loss for s in scores) / sum(s.tokens for s in scores)
+        values, counts = {"loss": loss, "perplexity": math.exp(min(loss, 700))}, {}
+        if self.name == "jsonl":
+            values["exact"] = sum(s.right for s in scores) / len(scores)
+            counts["exact"] = len(scores)
+        rows = [dict(prompt=e.prompt, gold=e.target, loss=s.loss, right=s.right)
+                for e, s in zip(examples, scores) if isinstance(e, Example)]
+        return Scores(values, counts, rows)
 
 
-def perplexity_and_exact(model, tokenizer, examples: list, batch_size: int,
-                         max_length: int) -> dict[str, float]:
-    """Also the share of examples whose target, eos included, greedy decoding writes exactly."""
-    sequences = encode_all(examples, tokenizer, model, max_length)
-    scores = score_targets(model, sequences, batch_size)
-    return mean_loss(scores) | {"exact": sum(s.right for s in scores) / len(scores)}
-
-
-def mean_loss(scores: list[Score]) -> dict[str, float]:
-    loss = math.fsum(s.loss for s in scores) / sum(s.tokens for s in scores)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-
-
-def load_text(tokenizer, max_length: int, data: str | None) -> Task:
+def load_text(tokenizer, max_length: int, data: str) -> Task:
     """Blocks of max_length tokens, each opened by bos; no token is left out or seen twice."""
-    ids = tokenizer.encode(read(data, "text"))
+    ids = tokenizer.encode(read(data))
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
     head = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -55,14 +49,14 @@ def load_text(tokenizer, max_length: int, data: str | None) -> Task:
                 if len(head + part[i:i + size]) > 1]
 
     train, valid, test = map(blocks, split_file(ids))
-    return Task("text", train, valid, test, perplexity, max_length, loss_on="all",
+    return Text("text", train, valid, test, max_length, loss_on="all",
                 defaults={"epochs": 1, "batch_size": 16})
 
 
-def load_jsonl(tokenizer, max_length: int, data: str | None) -> Task:
+def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
     """One example a line; blank lines are skipped, any other wrong line is named."""
     examples = []
-    for number, line in enumerate(read(data, "jsonl").split("\n"), 1):
+    for number, line in enumerate(read(data).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -76,5 +70,5 @@ def load_jsonl(tokenizer, max_length: int, data: str | None) -> Task:
         examples.append(Example(prompt, target))
     if len(examples) < 3:
         raise UserError(f"{data}: {len(examples)} examples; train, valid and test need one each")
-    return Task("jsonl", *split_file(examples), perplexity_and_exact, max_length,
+    return Text("jsonl", *split_file(examples), max_length,
                 defaults={"epochs": 3, "batch_size": 16})

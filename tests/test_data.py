@@ -83,7 +83,7 @@ def test_scores_do_not_depend_on_the_batch_size(base):
 
 def test_the_base_knows_its_world(base):
     model, tokenizer = base
-    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128, 256)
+    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128, 256).values
     assert before["kept"] > 0.95 and before["new"] < 0.05 and before["paraphrase"] < 0.05
 
 
@@ -144,7 +144,7 @@ def test_blocks_of_text_hold_each_token_once(base, tmp_path):
     _, tokenizer = base
     text = "".join(f"line {i} of the text\n" for i in range(300))
     (tmp_path / "t.txt").write_text(text)
-    task = load_task("text", tokenizer, 32, str(tmp_path / "t.txt"))
+    task = load_task("text", tokenizer, 32, data=str(tmp_path / "t.txt"))
     ids = [t for block in task.train + task.valid + task.test for t in block.tokens[1:]]
     assert ids == tokenizer.encode(text)
     assert all(block.tokens[0] == tokenizer.bos and len(block.tokens) <= 32
@@ -158,14 +158,14 @@ def test_each_kind_of_wrong_line_is_named(line, base, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"prompt": "a", "target": "b"}) + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"d\.jsonl:2: "):
-        load_task("jsonl", base[1], 256, str(path))
+        load_task("jsonl", base[1], 256, data=str(path))
 
 
 def test_text_that_is_not_utf8_or_too_short_is_an_error(base, tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes(b"abc\xff")
     with pytest.raises(UserError, match="byte 3"):
-        load_task("text", base[1], 256, str(path))
+        load_task("text", base[1], 256, data=str(path))
     path.write_text("short")
     with pytest.raises(UserError, match="too few"):
-        load_task("text", base[1], 256, str(path))
+        load_task("text", base[1], 256, data=str(path))

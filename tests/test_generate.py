@@ -106,10 +106,12 @@ def test_ten_beams_equal_transformers():
 def test_tokens_do_not_depend_on_the_rest_of_the_batch(family, options):
     _, _, ours = checkpoint(family)
     options = options | {"eos": frequent_eos(family, 1)}
-    together = generate(ours, prompts(7), 16, **options)
-    assert together == [generate(ours, [p], 16, **options)[0] for p in prompts(7)]
-    assert together[::-1] == generate(ours, prompts(7)[::-1], 16, **options)
-    assert together[:3] == generate(ours, prompts(7)[:3], 16, **options)
+    long = torch.randint(3, VOCAB, (110,), generator=torch.Generator().manual_seed(4)).tolist()
+    batch = [long[:n] for n in (9, 1, 110, 3, 26, 70, 2, 45)]
+    together = generate(ours, batch, 16, **options)
+    assert together == [generate(ours, [p], 16, **options)[0] for p in batch]
+    assert together[::-1] == generate(ours, batch[::-1], 16, **options)
+    assert together[:3] == generate(ours, batch[:3], 16, **options)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama 3.1"])
@@ -251,6 +253,24 @@ def test_left_pad_by_hand():
     tokens, mask = left_pad([[5, 6, 7], [8]], 2, "cpu")
     assert tokens.tolist() == [[5, 6, 7], [0, 0, 8]]
     assert mask.int().tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+
+
+def test_copy_prompt_lets_the_new_text_repeat_the_prompt_but_not_itself():
+    _, _, ours = checkpoint("gpt2")
+    for prompt in prompts():
+        prompt = prompt + generate(ours, [prompt], 12, eos=[])[0] + prompt  # likely to be copied
+        new = []
+        for _ in range(20):                                             # the definition, slowly
+            logits = ours(torch.tensor([prompt + new]))[0, -1:].detach()
+            forbid_repeats(logits, [new], 2)
+            new.append(logits.argmax().item())
+        options = dict(no_repeat_ngram=2, eos=[])
+        assert generate(ours, [prompt], 20, copy_prompt=True, **options)[0] == new
+        assert generate(ours, [prompt], 20, **options)[0] != new
+        beams = generate(ours, [prompt], 20, beams=3, copy_prompt=True, **options)[0]
+        assert len(set(zip(beams, beams[1:]))) == 19
+        plain = generate(ours, [prompt], 2, beams=3, eos=[])            # too short to repeat itself
+        assert generate(ours, [prompt], 2, beams=3, copy_prompt=True, **options) == plain
 
 
 def test_forbid_repeats_by_hand():

@@ -9,6 +9,8 @@ import eval as evaluation
 import train
 from convert import load_pretrained
 from data import load_task
+from data.task import Scores
+from data.world import VERSION
 from methods import METHODS, inject, load
 from train import batch_at, lr_factor, slices
 
@@ -29,7 +31,7 @@ def assert_eval_repeats(result: dict, capsys) -> None:
     """eval.py, run on its own, prints the score that the run stored."""
     capsys.readouterr()
     evaluation.main(["--run", "run"])
-    shown = dict(line.split() for line in capsys.readouterr().out.splitlines()[1:])
+    shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
     assert shown == {name: f"{value:.4f}" for name, value in result["after"].items()}
 
 
@@ -83,6 +85,8 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsy
     assert 0 < result["trainable"] <= result["total"]
     assert set(result["before"]) == set(result["after"]) == {"new", "paraphrase", "kept"}
     assert all(0 <= share <= 1 for share in result["after"].values())
+    assert len(result["base"]) == 64 and result["versions"]["world"] == VERSION
+    assert result["counts"] == {"new": 6, "paraphrase": 6, "kept": 6}
     assert result["seconds"] > 0 and result["peak_memory_mb"] > 0 and "command" in result
     lines = [json.loads(line) for line in Path("run", "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(6))
@@ -111,6 +115,33 @@ def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, 
     before, after = capsys.readouterr().out.splitlines()
     assert before.removeprefix("before:") != after.removeprefix("after: ")
     assert "stones" in after and "stones" not in before
+
+
+def test_eval_writes_every_prediction_and_prints_each_share_with_its_interval(capsys):
+    evaluation.main(["--model", str(train.ROOT / "data" / "base"), "--task", "facts",
+                     "--max-eval", "30", "--predictions", "out.jsonl"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "facts: 30 test items"
+    assert [line.split()[0] for line in lines[1:]] == ["new", "paraphrase", "kept"]
+    assert lines[3].split() == ["kept", "1.0000", "95", "%", "[0.7225,", "1.0000]"]    # 10 of 10
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert len(rows) == 30 and set(rows[0]) == {"group", "prompt", "gold", "right"}
+    assert sum(row["right"] for row in rows if row["group"] == "kept") == 10
+
+
+def test_a_confidence_interval_by_hand():
+    # Wilson, z = 1.96: 5 of 10 -> (0.5 + .19208 -+ 1.96 sqrt(.025 + .009604)) / 1.38416
+    assert evaluation.interval(0.5, 10) == pytest.approx((0.23659, 0.76341), abs=1e-5)
+    low, high = evaluation.interval(0.0, 10)
+    assert abs(low) < 1e-9 and high == pytest.approx(0.27754, abs=1e-5)
+
+
+def test_metrics_of_several_sets_become_a_table(capsys):
+    evaluation.print_scores(Scores({"loss": 1.5, "accuracy/A": 0.5, "accuracy/Avg.": 0.25,
+                                    "unparsed/A": 0.1, "unparsed/Avg.": 0.2}, {"accuracy/A": 10}, []))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["loss", "1.5000"], ["A", "Avg."], ["accuracy", "0.5000", "0.2500"],
+                     ["95", "%", "within", "+-0.2634"], ["unparsed", "0.1000", "0.2000"]]
 
 
 def test_two_steps_equal_adamw_by_hand(items):
@@ -152,11 +183,11 @@ def test_validation_during_the_run_uses_the_validation_split(items):
     result = result_of("run")
     # the model went on learning after step 2, so compare at step 2 by a run that ends there
     model, tokenizer = load_pretrained(train.ROOT / "data" / "base")
-    task = load_task("jsonl", tokenizer, 256, "items.jsonl")
-    before = evaluation.score(model, tokenizer, task, split="valid")
+    task = load_task("jsonl", tokenizer, 256, data="items.jsonl")
+    before = evaluation.score(model, tokenizer, task, split="valid").values
     assert before["loss"] != pytest.approx(result["before"]["loss"], rel=1e-6)
     load(model, "run/adapter.safetensors")
-    after = evaluation.score(model, tokenizer, task, split="valid")
+    after = evaluation.score(model, tokenizer, task, split="valid").values
     assert after["loss"] == pytest.approx(result["valid"]["loss"], rel=1e-6)
     assert min(before["loss"], after["loss"]) < logged["loss"] < max(before["loss"], after["loss"])
 

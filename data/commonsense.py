@@ -1,0 +1,212 @@
+"""Task `commonsense`: the eight sets on which the LoRA papers compare, in the LLM-Adapters format.
+
+    python train.py --method dora --model PATH --task commonsense --data-dir DIR --rank 32 \\
+        --lr 1e-4 --dropout 0.05 --warmup 100 --batch-size 16 --epochs 3        the papers' recipe
+DIR/<set>/test.json, and for training DIR/commonsense_170k.json or every DIR/<set>/train.json there
+is: lists of {"instruction", "input", "output": "the correct answer is answer2", "answer":
+"answer2"}. Missing sets are named and left out of the average. Each set gets three numbers:
+    accuracy    what the model writes (greedy, or --beams 4 as in the papers), by extract()
+    likelihood  the likeliest of the option labels, which needs no parsing
+    unparsed    share of written texts without an answer, which accuracy counts as wrong
+The prompt is a file, data/prompt.txt or --prompt-template. 480 training rows, evenly spread, are
+for validation.
+"""
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from common import UserError
+from data.task import Example, Scores, Task, choice_losses, shares, write
+
+SETS = {    # folder -> the papers' name
+    "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
+    "winogrande": "WinoG", "ARC-Easy": "ARC-e", "ARC-Challenge": "ARC-c", "openbookqa": "OBQA",
+}
+VALID = 480
+NEW_TOKENS = 32
+
+
+# ---- what a model wrote -> its answer
+def pattern_of(label: str) -> str:
+    """A regex for "answer2" that also finds "answer 2", "answer-2", "answer (2)"."""
+    word, number = re.fullmatch(r"(.*?)(\d*)", label.lower()).groups()
+    gap = r"[\s_-]*[(\[#]?" if number else ""
+    return rf"\b{re.escape(word)}{gap}{number}(?!\w)"
+
+
+def leading(text: str, labels: tuple[str, ...]) -> str | None:
+    """The label that `text` begins with, by its name, number or letter: "answer2", "2", "(b)"."""
+    text = re.sub(r"^[\s:\"'*#(\[]+", "", text)
+    for label in labels:
+        if re.match(pattern_of(label), text):
+            return label
+    if labels == ("true", "false"):
+        word = re.match(r"(yes|no)\b", text)
+        return word and {"yes": "true", "no": "false"}[word[1]]
+    # Nothing may follow that would make it a word or a quantity: "a dog", "2 apples", "2.5".
+    mark = re.match(r"(?:(\d)|([a-e]))(?:[)\].:,](?!\d)|\s*$)", text)
+    if mark is None:
+        return None
+    place = int(mark[1]) - 1 if mark[1] else "abcde".index(mark[2])
+    return labels[place] if 0 <= place < len(labels) else None
+
+
+def extract(text: str, labels: tuple[str, ...], options: tuple[str, ...] = ()) -> str | None:
+    """The label that a model answered with, or None. Case does not matter. The first that applies:
+
+    1. what follows "answer is" or "answer:" begins with a label, as in "the correct answer is
+       answer2", or with its number or letter;
+    2. one label, and no other, is named in the first paragraph that names any ("not answer2" names
+       none): "answer1 or answer2" is no answer, and what a model goes on to write after its answer
+       does not count;
+    3. the text begins with a number or a letter, "2", "(2)", "b)"; for true/false with yes or no;
+    4. one option's own text (`options`, one a label), and no other's, is in the first paragraph.
+    """
+    text = text.strip().lower()
+    for stated in re.finditer(r"\banswer(?:\s+is\b|\s*:)", text):
+        label = leading(text[stated.end():], labels)
+        if label is not None:
+            return label
+    paragraphs = [part for part in re.split(r"\n\s*\n|###", text) if part.strip()]
+    for part in paragraphs:
+        named = [label for label in labels if re.search(rf"(?<!\bnot ){pattern_of(label)}", part)]
+        if named:
+            return named[0] if len(named) == 1 else None
+    label = leading(text, labels)
+    if label is not None or not paragraphs:
+        return label
+    said = [label for label, option in zip(labels, options) if option.strip() and re.search(
+        rf"(?<!\w){re.escape(option.strip().lower())}(?!\w)", paragraphs[0])]
+    return said[0] if len(said) == 1 else None
+
+
+# ---- rows of a file -> examples
+def read_rows(path: Path) -> list[dict]:
+    """UserError: not a list of objects with the four keys, in plain words and with the place."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {str(error)[:100]}") from None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: must be a list of rows, and not empty")
+    return rows
+
+
+def example(row: dict, template: str, group: str, where: str) -> Example:
+    """One row; `where` names it in a UserError. Its choices are the labels of its last line,
+    "Answer format: true/false", each in the place of the answer in the row's output."""
+    if not isinstance(row, dict) or not all(
+            isinstance(row.get(key), str) for key in ("instruction", "output", "answer")):
+        raise UserError(f'{where}: needs "instruction", "output" and "answer", each a text')
+    instruction, answer = row["instruction"].strip(), row["answer"].strip()
+    if row.get("input"):
+        instruction += f"\n\n{row['input']}"
+    labels = tuple(re.split(r"\s*/\s*", instruction.rpartition("Answer format:")[2].strip()))
+    before, found, after = row["output"].strip().rpartition(answer)
+    if answer not in labels or not found:
+        raise UserError(f"{where}: answer {answer!r} must be one of the labels after "
+                        f"\"Answer format:\" ({'/'.join(labels)[:60]}) and stand in the output")
+    return Example(template.replace("{instruction}", instruction),
+                   f" {before}{answer}{after}",
+                   tuple(f" {before}{label}{after}" for label in labels), labels, group)
+
+
+def option_texts(prompt: str, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The options as the prompt lists them, "Answer1: ..."; none where it does not."""
+    places = [prompt.rfind(f"{label.capitalize()}:") for label in labels]
+    ends = [*places[1:], prompt.rfind("Answer format:")]
+    if -1 in places or places != sorted(places) or ends[-1] < places[-1]:
+        return ()
+    return tuple(prompt[start + len(label) + 1:end].strip()
+                 for start, end, label in zip(places, ends, labels))
+
+
+def read_template(path: str | None) -> str:
+    path = Path(__file__).with_name("prompt.txt") if path is None else Path(path)
+    try:
+        template = path.read_text(encoding="utf-8-sig").rstrip("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if template.count("{instruction}") != 1:
+        raise UserError(f"{path}: a prompt template must hold {{instruction}} once")
+    return template
+
+
+def spread(items: list, n: int) -> tuple[list, list]:
+    """-> the others, and n of the items, evenly spread (at most a tenth of them, at least one)."""
+    n = max(1, min(n, len(items) // 10))
+    taken = {i * len(items) // n for i in range(n)}
+    return ([item for i, item in enumerate(items) if i not in taken],
+            [item for i, item in enumerate(items) if i in taken])
+
+
+# ---- the task
+@dataclass
+class Choices(Task):
+    """Sets of questions with labelled options; an example's `references` are its labels."""
+    beams: int = 1
+    left_out: tuple[str, ...] = field(default=())       # groups that the average does without
+
+    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
+        texts = write(model, tokenizer, examples, batch_size, self.max_length, NEW_TOKENS,
+                      beams=self.beams)
+        answers = [extract(text, e.references, option_texts(e.prompt, e.references))
+                   for text, e in zip(texts, examples)]
+        losses = choice_losses(model, tokenizer, examples, batch_size, self.max_length)
+        likeliest = [e.references[row.index(min(row))] for e, row in zip(examples, losses)]
+        gold = [e.references[e.choices.index(e.target)] for e in examples]
+        groups = [e.group for e in examples]
+        values, counts = {}, {}
+        for name, right in (("accuracy", [a == g for a, g in zip(answers, gold)]),
+                            ("likelihood", [a == g for a, g in zip(likeliest, gold)]),
+                            ("unparsed", [a is None for a in answers])):
+            by_group, n = shares(groups, right)
+            averaged = [v for group, v in by_group.items() if group not in self.left_out]
+            values |= {f"{name}/{group}": value for group, value in by_group.items()}
+            counts |= {f"{name}/{group}": n[group] for group in by_group if name != "unparsed"}
+            values[f"{name}/{average(len(averaged))}"] = sum(averaged) / max(1, len(averaged))
+        rows = [dict(group=e.group, prompt=e.prompt, output=text, answer=a, likeliest=l, gold=g)
+                for e, text, a, l, g in zip(examples, texts, answers, likeliest, gold)]
+        return Scores(values, counts, rows)
+
+
+def average(n: int) -> str:
+    """The title of the average, which says how many sets it covers when not all eight."""
+    return "Avg." if n == len(SETS) else f"Avg. of {n}"
+
+
+def load(tokenizer, max_length: int, data_dir: str, prompt_template: str | None = None,
+         beams: int = 1) -> Task:
+    folder, template = Path(data_dir), read_template(prompt_template)
+    if not folder.is_dir():
+        raise UserError(f"--data-dir {data_dir}: not a folder")
+
+    def examples(path: Path, group: str) -> list[Example]:
+        return [example(row, template, group, f"{path}, row {i}")
+                for i, row in enumerate(read_rows(path), 1)]
+
+    tests = {name: folder / name / "test.json" for name in SETS}
+    missing = [name for name, path in tests.items() if not path.exists()]
+    if len(missing) == len(SETS):
+        raise UserError(f"--data-dir {data_dir}: holds none of {', '.join(SETS)} with a test.json")
+    merged = folder / "commonsense_170k.json"
+    files = {merged: "train"} if merged.exists() else {
+        folder / name / "train.json": title for name, title in SETS.items()
+        if (folder / name / "train.json").exists()}
+    if not files:
+        raise UserError(f"--data-dir {data_dir}: holds neither commonsense_170k.json nor any "
+                        f"set's train.json")
+    train, valid = spread([e for path, group in files.items() for e in examples(path, group)],
+                          VALID)
+    test = [e for name, path in tests.items() if name not in missing
+            for e in examples(path, SETS[name])]
+    notes = {"trained_on": [str(path.relative_to(folder)) for path in files]}
+    if missing:
+        notes["missing"] = f"{', '.join(missing)}: not there, so not in the average"
+    return Choices("commonsense", train, valid, test, max_length, beams=beams, notes=notes,
+                   defaults={"epochs": 3, "batch_size": 16})

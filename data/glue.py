@@ -1,0 +1,270 @@
+"""Tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461) as written answers.
+
+A template asks for the label in words; a model's answer is the choice it finds likeliest after the
+prompt: the sum of log p over the choice's tokens and eos. The sum is not divided by the number of
+tokens: training makes just this probability large, and a division would favour longer words. An
+untrained model may so prefer a choice of fewer tokens. --data-dir is one set's own folder, as GLUE
+ships it or as the raw corpus does: SETS, below. GLUE's test.tsv has no labels, so there the dev
+file is the test split, and a tenth of train, at most 1,000 rows, is held out for validation. (The
+rows of SST-2 and QQP share phrases and questions, so their validation is an optimist.)
+Published recipes, linear decay:
+    LoRA, RoBERTa-base: rank 8 on q, v; 6 % warm-up; lr 4e-4 to 5e-4, batch 16 or 32; epochs MNLI
+        30, SST-2 60, MRPC 30, CoLA 80, QNLI 25, QQP 25, RTE 80, STS-B 40  (2106.09685, table 9)
+    AdaLoRA, DeBERTaV3-base, batch 32: lr/epochs MNLI 5e-4/7, SST-2 8e-4/24, MRPC 1e-3/30, CoLA
+        5e-4/25, QNLI 1.2e-3/5, QQP 5e-4/5, RTE 1.2e-3/50, STS-B 2.2e-3/25   (2303.10512, table 8)
+"""
+import codecs
+import math
+import random
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+
+from common import UserError
+from data.task import Example, Scores, Task, choice_losses
+
+
+# ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
+def accuracy(gold: Sequence[int], said: Sequence[int]) -> float:
+    return sum(g == s for g, s in zip(gold, said)) / len(gold)
+
+
+def confusion(gold: Sequence[int], said: Sequence[int]) -> tuple[int, int, int, int]:
+    """-> true positives, false positives, false negatives, true negatives; 1 is positive."""
+    pairs = Counter(zip(gold, said))
+    return pairs[1, 1], pairs[0, 1], pairs[1, 0], pairs[0, 0]
+
+
+def f1(gold: Sequence[int], said: Sequence[int]) -> float:
+    """2 tp / (2 tp + fp + fn), in [0, 1]; 0 where nothing is positive."""
+    tp, fp, fn, _ = confusion(gold, said)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def matthews(gold: Sequence[int], said: Sequence[int]) -> float:
+    """(tp tn - fp fn) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn)), in [-1, 1]; 0 where the model
+    says, or the file holds, one label only."""
+    tp, fp, fn, tn = confusion(gold, said)
+    square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / math.sqrt(square) if square else 0.0
+
+
+def pearson(gold: Sequence[float], said: Sequence[float]) -> float:
+    return correlation("pearsonr", gold, said)
+
+
+def spearman(gold: Sequence[float], said: Sequence[float]) -> float:
+    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
+    return correlation("spearmanr", gold, said)
+
+
+def correlation(kind: str, gold: Sequence[float], said: Sequence[float]) -> float:
+    """In [-1, 1]. Where one side is constant it is undefined; a model that says the same of every
+    pair tells nothing about them, so it scores 0."""
+    from scipy import stats         # takes most of a second, and only this set needs it
+    if min(gold) == max(gold) or min(said) == max(said):
+        return 0.0
+    return float(getattr(stats, kind)(gold, said).statistic)
+
+
+# ---- the sets
+class Layout(NamedTuple):
+    """How a folder ships a set. `columns` are those of the texts, then that of the label: names in
+    the file's header, or places (from 0) in a file without one, whose rows have `widths` columns.
+    """
+    columns: tuple
+    train: str = "train.tsv"
+    valid: str = ""                             # "": held out of train
+    test: tuple[str, ...] = ("dev.tsv",)
+    widths: tuple[int, ...] = ()
+
+    def files(self) -> list[str]:
+        return [name for name in (self.train, self.valid, *self.test) if name]
+
+
+class Set(NamedTuple):
+    template: str
+    words: dict[str, str]               # label in the file -> choice; the second is positive
+    metrics: tuple[Callable, ...]
+    layouts: tuple[Layout, ...]
+    graded: bool = False                # labels are scores, the words those that are written out
+
+
+NO_YES = {"0": " no", "1": " yes"}
+MRPC = ("#1 String", "#2 String", "Quality")
+# Six whole scores for STS-B, as they are a token each in most tokenizers. With finer ones an answer
+# is longer and scoring slower; rounding to these leaves gold at 0.98 of itself (both correlations),
+# and the expected value lies between them anyway.
+SETS = {
+    "glue/sst2": Set("Review: {}\nIs it negative or positive?",
+                     {"0": " negative", "1": " positive"}, (accuracy,),
+                     (Layout(("sentence", "label")),)),
+    "glue/cola": Set("Sentence: {}\nIs it acceptable English?", NO_YES, (matthews, accuracy),
+                     (Layout((3, 1), widths=(4,)),
+                      Layout((3, 1), "in_domain_train.tsv", "in_domain_dev.tsv",
+                             ("out_of_domain_dev.tsv",), widths=(4,)))),
+    "glue/mrpc": Set("First: {}\nSecond: {}\nDo both say the same?", NO_YES, (accuracy, f1),
+                     (Layout(MRPC),
+                      Layout(MRPC, "msr_paraphrase_train.txt",
+                             test=("msr_paraphrase_test.txt",)))),
+    "glue/qqp": Set("First: {}\nSecond: {}\nDo both ask the same?", NO_YES, (accuracy, f1),
+                    (Layout(("question1", "question2", "is_duplicate")),)),
+    "glue/rte": Set("Text: {}\nClaim: {}\nDoes the claim follow from the text?",
+                    {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                    (Layout(("sentence1", "sentence2", "label")),)),
+    "glue/qnli": Set("Query: {}\nText: {}\nDoes the text answer the query?",
+                     {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                     (Layout(("question", "sentence", "label")),)),
+    "glue/mnli": Set("Text: {}\nClaim: {}\nGiven the text, is the claim true?",
+                     {"contradiction": " no", "entailment": " yes", "neutral": " maybe"},
+                     (accuracy,),
+                     (Layout(("sentence1", "sentence2", "gold_label"),
+                             test=("dev_matched.tsv", "dev_mismatched.tsv")),)),
+    "glue/stsb": Set("First: {}\nSecond: {}\nHow close are they in meaning, from 0 to 5?",
+                     {str(i): f" {i}" for i in range(6)}, (pearson, spearman),
+                     (Layout(("sentence1", "sentence2", "score")),
+                      Layout((5, 6, 4), "sts-train.csv", "sts-dev.csv", ("sts-test.csv",),
+                             widths=(7, 9))), graded=True),
+}
+GROUPS = {"dev_matched.tsv": "matched", "dev_mismatched.tsv": "mismatched"}
+
+
+# ---- the task
+@dataclass(frozen=True)
+class Graded(Example):
+    """An example with a score in [0, 5]; its target is the nearest written one, of two
+    equally near ones the lower."""
+    score: float = 0.0
+
+
+def expected_score(losses: list[float], scores: list[float]) -> float:
+    """sum_i p_i score_i with p the softmax of -losses (nats): the mean of what would be written."""
+    p = torch.softmax(-torch.tensor(losses, dtype=torch.float64), 0)
+    return (p @ torch.tensor(scores, dtype=torch.float64)).item()
+
+
+class Glue(Task):
+    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
+        """The set's official metrics, of each group (MNLI's two dev files) on its own."""
+        losses = choice_losses(model, tokenizer, examples, batch_size, self.max_length)
+        rows, pairs = [], defaultdict(list)
+        for e, loss in zip(examples, losses):
+            if isinstance(e, Graded):
+                gold, said = e.score, expected_score(loss, [float(word) for word in e.choices])
+                row = dict(answer=said, gold=gold)
+            else:
+                gold, said = e.choices.index(e.target), loss.index(min(loss))
+                row = dict(answer=e.choices[said], gold=e.target)
+            pairs[e.group].append((gold, said))
+            rows.append(dict(group=e.group, prompt=e.prompt) | row)
+        values, counts = {}, {}
+        for group, of_group in pairs.items():
+            for metric in SETS[self.name].metrics:
+                name = f"{metric.__name__}_{group}" if group else metric.__name__
+                values[name] = metric(*zip(*of_group))
+                if metric is accuracy:          # the one that is a share of the items
+                    counts[name] = len(of_group)
+        return Scores(values, counts, rows)
+
+
+# ---- reading
+def table(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
+    """-> of each row its line number and its fields in layout.columns.
+
+    Lines are cut at tabs and nowhere else: quotes are part of the text, in all of these files.
+    """
+    try:
+        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        text = raw.decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+    rows = [(number, [field.strip() for field in line.split("\t")])   # in a Windows file of \r
+            for number, line in enumerate(text.split("\n"), 1) if line.strip("\r")]
+    places, widths = layout.columns, layout.widths
+    if not widths and rows:
+        (number, header), *rows = rows
+        for name in layout.columns:
+            if name not in header:
+                raise UserError(f"{path}:{number}: no column {name!r} in the header, only "
+                                f"{', '.join(header)[:200]}")
+        places, widths = [header.index(name) for name in layout.columns], (len(header),)
+    if not rows:
+        raise UserError(f"{path}: no examples")
+    wrong = [(number, len(row)) for number, row in rows if len(row) not in widths]
+    if wrong:
+        raise UserError(f"{path}:{wrong[0][0]}: {wrong[0][1]} columns instead of "
+                        f"{' or '.join(map(str, widths))}"
+                        + (f"; {len(wrong) - 1} more lines are as wrong" if wrong[1:] else ""))
+    return [(number, [row[place] for place in places]) for number, row in rows]
+
+
+def read(path: Path, layout: Layout, spec: Set) -> list[Example]:
+    """UserError: a file that cannot be read or has no rows, a row without text or with a label
+    that is not the set's."""
+    examples, choices = [], tuple(spec.words.values())
+    for number, (*texts, label) in table(path, layout):
+        if not any(texts):          # of a pair, one may be empty
+            raise UserError(f"{path}:{number}: no text")
+        prompt = spec.template.format(*texts) + "\nAnswer:"
+        if spec.graded:
+            score = grade(label, f"{path}:{number}")
+            nearest = min(choices, key=lambda word: abs(float(word) - score))
+            examples.append(Graded(prompt, nearest, choices, score=score))
+        elif label in spec.words:
+            examples.append(Example(prompt, spec.words[label], choices,
+                                    group=GROUPS.get(path.name, "")))
+        else:
+            raise UserError(f"{path}:{number}: label {label[:60]!r} is none of "
+                            f"{', '.join(spec.words)}")
+    return examples
+
+
+def grade(label: str, where: str) -> float:
+    try:
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    if not 0 <= score <= 5:
+        raise UserError(f"{where}: score {label[:60]!r} is not a number from 0 to 5")
+    return score
+
+
+def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """-> train, valid: a tenth, at most 1,000, the same in every run, drawn since files may be
+    sorted; by random(), the one draw that Python keeps the same in all its versions."""
+    draw = random.Random(0)
+    order = sorted(range(len(examples)), key=lambda i: draw.random())
+    held = set(order[:max(1, min(len(examples) // 10, 1000))])
+    return ([e for i, e in enumerate(examples) if i not in held],
+            [e for i, e in enumerate(examples) if i in held])
+
+
+def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
+    """name: one of SETS. UserError: a folder without the set's files, or a wrong line in one."""
+    spec, folder = SETS[name], Path(data_dir)
+    for layout in spec.layouts:
+        if all((folder / file).is_file() for file in layout.files()):
+            break
+    else:
+        there = [file for layout in spec.layouts for file in layout.files()
+                 if (folder / file).is_file()]
+        wanted = ", or ".join(" and ".join(layout.files()) for layout in spec.layouts)
+        raise UserError(f"{data_dir}: {name} needs {wanted}; "
+                        f"there is {' and '.join(there) + ' alone' if there else 'none of them'}")
+    train = read(folder / layout.train, layout, spec)
+    if layout.valid:
+        valid = read(folder / layout.valid, layout, spec)
+    elif len(train) > 1:
+        train, valid = hold_out(train)
+    else:
+        raise UserError(f"{folder / layout.train}: 1 example; train and valid need one each")
+    test = [example for file in layout.test for example in read(folder / file, layout, spec)]
+    return Glue(name, train, valid, test, max_length, defaults={"epochs": 3, "batch_size": 16},
+                notes={"files": layout.files(), "template": spec.template,
+                       "choices": list(spec.words.values())})

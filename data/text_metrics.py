@@ -1,0 +1,155 @@
+"""The five scores of the E2E NLG challenge, of written texts against several references each.
+
+Scales are those of the papers' tables: BLEU, METEOR and ROUGE-L out of 100, NIST and CIDEr as they
+are. The challenge's script (github.com/tuetschek/e2e-metrics) takes BLEU and NIST from mteval-v13a
+and the others from the COCO caption evaluation; what follows it and what does not:
+    bleu     sacrebleu, tokenizer 13a, lower-cased: mteval ignores case too
+    nist     own, as mteval. nltk's stands about a point too low on several references, for it
+             compares with the best single one (for human texts of E2E 7.9 instead of 8.9)
+    meteor   nltk's: the metric of 2007 with WordNet, where COCO runs METEOR 1.5 in Java with other
+             weights and paraphrases: not to be compared with the tables. Without nltk's WordNet
+             data (python -m nltk.downloader wordnet) it is left out
+    rouge_l  longest common subsequences by rouge-score, combined as COCO does
+    cider    own, CIDEr-D, which COCO calls CIDEr
+COCO's tokenizer is Stanford's, in Java; here 13a and nltk's Penn Treebank rules stand for it, all
+lower-cased and without punctuation. NIST and CIDEr weigh n-grams by how rare they are among the
+references, so they compare only between equal sets of items; of one item alone CIDEr is 0.
+The libraries are imported where they are used: together they take a second.
+"""
+import math
+from collections import Counter
+from types import SimpleNamespace
+
+PUNCTUATION = set("'`\"()[]{}.?!,:;-\\")
+Words = list[str]
+
+
+def text_scores(outputs: list[str], references: list[tuple[str, ...]]) -> dict[str, float]:
+    """Metric -> value, of one output and its references for each item; no meteor: see above."""
+    tokens = [mteval_tokens(text) for text in outputs]
+    token_refs = [[mteval_tokens(text) for text in texts] for texts in references]
+    words = [caption_words(text) for text in tokens]
+    word_refs = [[caption_words(text) for text in texts] for texts in token_refs]
+    scores = {"bleu": bleu(outputs, references), "nist": nist(tokens, token_refs),
+              "meteor": meteor(words, word_refs), "rouge_l": rouge_l(words, word_refs),
+              "cider": cider(words, word_refs)}
+    return {name: score for name, score in scores.items() if score is not None}
+
+
+def mteval_tokens(text: str) -> Words:
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    return Tokenizer13a()(text.lower()).split()
+
+
+def caption_words(tokens: Words) -> Words:
+    """mteval's tokens cut further ("isn't": is, n't), those of punctuation alone left out."""
+    from nltk.tokenize import TreebankWordTokenizer
+    return [word for word in TreebankWordTokenizer().tokenize(" ".join(tokens))
+            if not set(word) <= PUNCTUATION]
+
+
+def ngrams(words: Words, n: int) -> Counter:
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu(outputs: list[str], references: list[tuple[str, ...]]) -> float:
+    """BLEU (Papineni et al. 2002) of the corpus, 0 to 100."""
+    from sacrebleu import corpus_bleu
+    most = max(map(len, references))            # sacrebleu takes columns, filled up with None
+    columns = [[texts[i] if i < len(texts) else None for texts in references]
+               for i in range(most)]
+    return corpus_bleu(outputs, columns, lowercase=True, tokenize="13a", force=True).score
+
+
+def nist(outputs: list[Words], references: list[list[Words]], order: int = 5) -> float:
+    """NIST (Doddington 2002, eq. 3) of the corpus: sum over n = 1 .. order of
+        sum of info(g) over the n-grams g that an output shares with its references
+        / number of n-grams of all outputs
+    times exp(-beta log^2 min(1, L / Lref)), beta such that 2/3 of the length halves the score.
+    info(w1 .. wn) = log2(count(w1 .. wn-1) / count(w1 .. wn)) in all references. An n-gram counts
+    as often as the reference that has most of it; Lref is the mean length of an item's references.
+    """
+    count = Counter()
+    for reference in (words for item in references for words in item):
+        count[()] += len(reference)
+        for n in range(1, order + 1):
+            count.update(ngrams(reference, n))
+    score = 0.0
+    for n in range(1, order + 1):
+        info, total = 0.0, 0
+        for output, item in zip(outputs, references):
+            written, known = ngrams(output, n), Counter()
+            for reference in item:
+                known |= ngrams(reference, n)
+            info += sum(k * math.log2(count[g[:-1]] / count[g])
+                        for g, k in (written & known).items())
+            total += written.total()
+        score += info / total if total else 0.0
+    length = sum(map(len, outputs))
+    expected = sum(sum(map(len, item)) / len(item) for item in references)
+    if length == 0 or expected == 0:
+        return 0.0
+    beta = math.log(2) / math.log(1.5) ** 2
+    return score * math.exp(-beta * math.log(min(1.0, length / expected)) ** 2)
+
+
+def meteor(outputs: list[Words], references: list[list[Words]]) -> float | None:
+    """METEOR (Lavie and Agarwal 2007): mean over items of the best reference's, 0 to 100; None
+    where nltk has no WordNet data."""
+    from nltk.corpus import wordnet
+    from nltk.translate.meteor_score import meteor_score
+    try:
+        wordnet.ensure_loaded()
+    except LookupError:
+        return None
+    return 100 * mean([meteor_score(item, output, wordnet=wordnet)
+                       for output, item in zip(outputs, references)])
+
+
+def rouge_l(outputs: list[Words], references: list[list[Words]], beta: float = 1.2) -> float:
+    """ROUGE-L (Lin 2004): mean over items of (1 + beta^2) P R / (R + beta^2 P), 0 to 100.
+
+    P and R are the longest common subsequence over the length of the output and of the reference;
+    each is the best over the references, maybe of two different ones.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+    scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=str.split))
+    scores = []
+    for output, item in zip(outputs, references):
+        each = [scorer.score(" ".join(words), " ".join(output))["rougeL"] for words in item]
+        P, R = max(e.precision for e in each), max(e.recall for e in each)
+        scores.append((1 + beta ** 2) * P * R / (R + beta ** 2 * P) if P and R else 0.0)
+    return 100 * mean(scores)
+
+
+def cider(outputs: list[Words], references: list[list[Words]], sigma: float = 6.0) -> float:
+    """CIDEr-D (Vedantam et al. 2015, eq. 4): mean over items, their references and n = 1 .. 4 of
+        10 exp(-(L - Lref)^2 / 2 sigma^2) sum_g min(v(g), u(g)) u(g) / (|v| |u|)
+    with v and u the tf-idf vectors of the output's and the reference's n-grams: how often g occurs
+    times log(items / items that have g in a reference), an unknown g as if one item had it.
+    """
+    seen = Counter()
+    for item in references:
+        seen.update({g for words in item for n in range(1, 5) for g in ngrams(words, n)})
+
+    def vectors(words: Words) -> list[tuple[dict, float]]:
+        """Of each n the vector and its length."""
+        found = [{g: k * math.log(len(references) / max(1, seen[g]))
+                  for g, k in ngrams(words, n).items()} for n in range(1, 5)]
+        return [(vector, math.hypot(*vector.values())) for vector in found]
+
+    scores = []
+    for output, item in zip(outputs, references):
+        ours, total = vectors(output), 0.0
+        for reference in item:
+            penalty = math.exp(-(len(output) - len(reference)) ** 2 / (2 * sigma ** 2))
+            for (v, v_norm), (u, u_norm) in zip(ours, vectors(reference)):
+                if v_norm and u_norm:
+                    common = sum(min(v[g], u[g]) * u[g] for g in v.keys() & u.keys())
+                    total += penalty * common / (v_norm * u_norm)
+        scores.append(10 * total / (4 * len(item)))
+    return mean(scores)
+
+
+def mean(scores: list[float]) -> float:
+    return math.fsum(scores) / len(scores)
