@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, shares, write
+from data.task import Example, Scores, Task, choice_losses, read_text, shares, write
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
@@ -84,12 +84,9 @@ def extract(text: str, labels: tuple[str, ...], options: tuple[str, ...] = ()) -
 # ---- rows of a file -> examples
 def read_rows(path: Path) -> list[dict]:
     """UserError: not a list of objects with the four keys, in plain words and with the place."""
+    text = read_text(path)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text at byte {error.start}") from None
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {str(error)[:100]}") from None
     if not isinstance(rows, list) or not rows:
@@ -128,10 +125,7 @@ def option_texts(prompt: str, labels: tuple[str, ...]) -> tuple[str, ...]:
 
 def read_template(path: str | None) -> str:
     path = Path(__file__).with_name("prompt.txt") if path is None else Path(path)
-    try:
-        template = path.read_text(encoding="utf-8-sig").rstrip("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    template = read_text(path).rstrip()
     if template.count("{instruction}") != 1:
         raise UserError(f"{path}: a prompt template must hold {{instruction}} once")
     return template

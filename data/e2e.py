@@ -34,7 +34,7 @@ from itertools import product
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, write
+from data.task import Example, Scores, Task, read_text, write
 from data.text_metrics import text_scores
 from data.world import RELATIONS, VERSION, World, described, draw, pick_one, shuffled
 
@@ -99,20 +99,10 @@ def grouped(pairs: list[tuple[str, str]]) -> list[Example]:
     return [example(mr, all_texts) for mr, all_texts in texts.items()]
 
 
-def read_utf8(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from None
-
-
 def read_txt(path: Path) -> list[tuple[str, str]]:
     """(meaning representation, reference) of each line; blank lines are skipped."""
     pairs = []
-    for number, line in enumerate(read_utf8(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             mr, bars, text = line.partition("||")
             if not bars:
@@ -123,7 +113,7 @@ def read_txt(path: Path) -> list[tuple[str, str]]:
 
 def read_csv(path: Path) -> list[tuple[str, str]]:
     """(meaning representation in the form of the .txt files, reference) of each row."""
-    rows = csv.reader(io.StringIO(read_utf8(path), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     pairs = []
     try:
         header = next(rows, [])

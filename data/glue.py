@@ -13,7 +13,6 @@ Published recipes, linear decay:
     AdaLoRA, DeBERTaV3-base, batch 32: lr/epochs MNLI 5e-4/7, SST-2 8e-4/24, MRPC 1e-3/30, CoLA
         5e-4/25, QNLI 1.2e-3/5, QQP 5e-4/5, RTE 1.2e-3/50, STS-B 2.2e-3/25   (2303.10512, table 8)
 """
-import codecs
 import math
 import random
 from collections import Counter, defaultdict
@@ -24,7 +23,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses
+from data.task import Example, Scores, Task, choice_losses, read_text
 
 
 # ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
@@ -176,16 +175,8 @@ def table(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
 
     Lines are cut at tabs and nowhere else: quotes are part of the text, in all of these files.
     """
-    try:
-        raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
-        text = raw.decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from None
-    rows = [(number, [field.strip() for field in line.split("\t")])   # in a Windows file of \r
-            for number, line in enumerate(text.split("\n"), 1) if line.strip("\r")]
+    rows = [(number, [field.strip() for field in line.split("\t")])
+            for number, line in enumerate(read_text(path).split("\n"), 1) if line]
     places, widths = layout.columns, layout.widths
     if not widths and rows:
         (number, header), *rows = rows

@@ -3,6 +3,7 @@ score a model on them: is the target what it would write, which of the choices i
 what does it write. Each task family has its own file beside this one.
 """
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
@@ -207,6 +208,18 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
         for i, ids in zip(indices, new):
             texts[i] = tokenizer.decode(ids)
     return texts
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 file, without byte order mark and with lines that end in \\n. UserError: a file that
+    cannot be read, or the line that is not UTF-8."""
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
 
 
 def split_file(items: list) -> tuple[list, list, list]:

@@ -3,19 +3,10 @@ line with "prompt" and "target"). Of either, the last two tenths are held out, i
 one for validation, one for the test score."""
 import json
 import math
-from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Sequence, Task, encode_all, score_targets, split_file
-
-
-def read(data: str) -> str:
-    try:
-        return Path(data).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{data}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{data}: not UTF-8 text at byte {error.start}") from None
+from data.task import (Example, Scores, Sequence, Task, encode_all, read_text, score_targets,
+                       split_file)
 
 
 class Text(Task):
@@ -36,7 +27,7 @@ class Text(Task):
 
 def load_text(tokenizer, max_length: int, data: str) -> Task:
     """Blocks of max_length tokens, each opened by bos; no token is left out or seen twice."""
-    ids = tokenizer.encode(read(data))
+    ids = tokenizer.encode(read_text(data))
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
     head = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -56,7 +47,7 @@ def load_text(tokenizer, max_length: int, data: str) -> Task:
 def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
     """One example a line; blank lines are skipped, any other wrong line is named."""
     examples = []
-    for number, line in enumerate(read(data).split("\n"), 1):
+    for number, line in enumerate(read_text(data).split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -44,18 +44,6 @@ def test_a_starts_uniform_within_one_over_the_root_of_in_and_b_at_zero():
     assert layer.A.std().item() == pytest.approx(1 / math.sqrt(3 * 400), rel=0.05)
 
 
-def test_dropout_acts_on_the_update_and_not_on_the_pretrained_weight():
-    layer = filled(nn.Linear(6, 5), dropout=0.5)
-    x = torch.randn(7, 6)
-    torch.manual_seed(1)
-    y = layer(x)
-    torch.manual_seed(1)
-    expected = layer.base(x) + F.linear(F.dropout(x, 0.5), layer.delta_weight())
-    assert torch.allclose(y, expected, atol=1e-6)
-    assert torch.allclose(layer.eval()(x), F.linear(x, layer.merged_weight(), layer.base.bias),
-                          atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_parameters_are_float32_or_float64_and_the_output_has_the_dtype_of_the_base(dtype):
     layer = filled(nn.Linear(6, 5, dtype=dtype))

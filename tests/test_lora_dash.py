@@ -172,16 +172,6 @@ def test_a_bf16_base_is_decomposed_in_float32():
     assert all(any(torch.equal(u, v) for v in U.t()) for u in layer.U.t())
 
 
-def test_dropout_acts_on_both_updates_and_not_on_the_pretrained_weight():
-    layer = dash(6, 5, dropout=0.5)
-    x = torch.randn(7, 6)
-    torch.manual_seed(1)
-    y = layer(x)
-    torch.manual_seed(1)
-    expected = layer.base(x) + F.linear(F.dropout(x, 0.5), layer.delta_weight())
-    assert torch.allclose(y, expected, atol=1e-5)
-
-
 def test_long_work_shows_a_progress_line_and_short_work_none(capsys, monkeypatch):
     monkeypatch.setattr(LoRADashLinear, "launch", lambda layer: None)
     for width, shown in ((64, False), (2200, True)):

@@ -110,6 +110,37 @@ def test_forward_equals_its_definition(method):
         assert layer.delta_weight().abs().max() > 1e-4     # not because nothing was learnt
 
 
+@pytest.mark.parametrize("method", [name for name in ADAPTED if name != "dora"])  # see test_dora.py
+def test_dropout_acts_on_the_update_and_not_on_the_pretrained_weight(method):
+    for layer in adapters(train(injected(method, torch.float64, dropout=0.5))).values():
+        x = torch.randn(7, layer.base.in_features, dtype=torch.float64)
+        torch.manual_seed(1)
+        y = layer.train()(x)
+        torch.manual_seed(1)
+        expected = layer.base(x) + F.linear(F.dropout(x, 0.5), layer.delta_weight())
+        assert torch.allclose(y, expected)
+        assert torch.allclose(layer.eval()(x), F.linear(x, layer.merged_weight(), layer.base.bias))
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_nothing_of_the_size_of_the_weight_is_kept_for_backward_but_the_weight(method):
+    model = inject(nn.ModuleDict({"q": nn.Linear(200, 700)}), method, ["q"], rank=4)
+    layer, kind, large = model["q"], type(model["q"]), set()
+
+    def pack(tensor):
+        if tensor.numel() >= 200 * 700:
+            large.add(tensor.data_ptr())
+        return tensor
+
+    for step in range(4):               # to the dash, past the warm-up
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            y = layer(torch.randn(5, 200, requires_grad=True))
+            loss = y.sum() + kind.extra_loss([layer])
+        loss.backward()
+        kind.on_step([layer], step, 4)
+        assert large == {layer.base.weight.data_ptr()}
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_keeps_the_output_and_gives_plain_layers_with_plain_keys(method):
     model, (tokens, _) = train(injected(method)).eval(), data()
