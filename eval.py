@@ -53,7 +53,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 def print_scores(scores: Scores) -> None:
     """A line a metric with its interval; metrics called row/column become one table, as in the
-    papers, with half the width of each interval below its value."""
+    papers, with how far each interval reaches from its value, on its longer side, below it."""
     bounds = {name: interval(scores.values[name], n) for name, n in scores.counts.items()}
     rows = {name.split("/")[0]: {} for name in scores.values if "/" in name}
     for name, value in scores.values.items():
@@ -68,11 +68,12 @@ def print_scores(scores: Scores) -> None:
         print(" " * 16 + "".join(f"{column:>11}" for column in columns))
     for row, values in rows.items():
         print(f"{row:16}" + "".join(f"{values[column]:11.4f}" for column in columns))
-        widths = {column: (high - low) / 2 for column in columns
-                  for low, high in [bounds.get(f"{row}/{column}", (0, 0))]}
-        if any(widths.values()):
+        reach = [max(high - values[column], values[column] - low) if high else 0
+                 for column in columns
+                 for low, high in [bounds.get(f"{row}/{column}", (0, 0))]]
+        if any(reach):
             print(f"{'  95 % within':16}" + "".join(
-                f"{'+-':>5}{width:6.4f}" if width else " " * 11 for width in widths.values()))
+                f"{'+-':>5}{width:6.4f}" if width else " " * 11 for width in reach))
 
 
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
@@ -89,7 +90,7 @@ def read_run(folder: str) -> Namespace:
     path = Path(folder) / "config.json"
     try:
         args = json.loads(path.read_text(encoding="utf-8"))["args"]
-        for name in ("model", "task", "max_length", "max_eval", *OPTIONS):
+        for name in ("model", "task", "max_length", "max_eval", "loss_on", *OPTIONS):
             args[name]
         return Namespace(**args)
     except FileNotFoundError:
@@ -123,6 +124,11 @@ def parse(argv: list[str] | None) -> Namespace:
             raise UserError(f"--{flag.replace('_', '-')}: a run has its own; use it with --model")
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
+    if args.predictions is not None:            # said now, and not after hours of scoring
+        if args.prompt is not None:
+            raise UserError("--predictions: --prompt scores nothing")
+        if args.predictions.is_dir() or not args.predictions.absolute().parent.is_dir():
+            raise UserError(f"--predictions {args.predictions}: not a file in an existing folder")
     for flag in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
@@ -152,7 +158,8 @@ def main(argv: list[str] | None = None) -> None:
         load(model, Path(args.run) / "adapter.safetensors")
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
     scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
-    print(f"{run.task}: {len(scores.predictions) or len(task.test)} test items"
+    items = len(scores.predictions) or min(len(task.test), max_eval or math.inf)
+    print(f"{run.task}: {items} test items"
           + (f"; beams {options['beams']}" if options["beams"] else "")
           + (f"; trained with the loss on {run.loss_on}" if args.run else "")
           + (f"; missing: {task.notes['missing']}" if "missing" in task.notes else ""))

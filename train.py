@@ -95,6 +95,8 @@ def parse(argv: list[str] | None) -> Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=int, help="steps between validations (a quarter)")
     run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
+    run.add_argument("--eval-batch-size", type=int, help="texts, or beams of them, scored at once: "
+                                                         "speed and memory only (128)")
     run.add_argument("--save-every", type=int, help="steps between checkpoints (100)")
     run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -119,8 +121,8 @@ def check(args: Namespace) -> None:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
     if args.steps is not None and args.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
-    for name in ("steps", "batch_size", "grad_accum", "max_length", "eval_every", "max_eval",
-                 "save_every", "epochs", "lr", "lr_ratio"):
+    for name in ("steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
+                 "eval_every", "max_eval", "save_every", "epochs", "lr", "lr_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0")
     for name, limit in (("weight_decay", math.inf), ("warmup", math.inf), ("seed", 2 ** 32)):
@@ -149,7 +151,8 @@ def resolve(args: Namespace) -> None:
     method = METHODS[args.method]
     fill(args, {"model": str(ROOT / "data" / "base"), "task": "facts",
                 "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1, "max_length": 256,
-                "seed": 0, "save_every": 100, "device": default_device()})
+                "seed": 0, "save_every": 100, "eval_batch_size": 128,
+                "device": default_device()})
     if method.layer is not None:
         fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
         fill(args, {"alpha": 2.0 * args.rank})
@@ -159,7 +162,7 @@ def resolve(args: Namespace) -> None:
     fill(args, {name: default for name, default in options_of(args.task).items()
                 if default is not Parameter.empty})
     for name in ("model", "data", "data_dir", "prompt_template"):   # found from any folder then
-        if getattr(args, name) is not None and Path(getattr(args, name)).exists():
+        if getattr(args, name) and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
 
 
@@ -301,7 +304,7 @@ class Run:
 
 def free_folder(args: Namespace) -> str:
     rank = "" if args.rank is None else f"-r{args.rank}"
-    name = f"runs/{args.task}-{args.method}{rank}-s{args.seed}"
+    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
     tries = [name, *(f"{name}-{i}" for i in range(2, 10000))]
     return next(path for path in tries if not Path(path).exists())
 
@@ -361,8 +364,8 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> tuple[in
     if any(cut.values()):
         print(f"{cut['train']} train and {cut['held out']} other examples lose the start of their "
               f"prompt to --max-length {args.max_length}")
-    if "missing" in task.notes:
-        print(f"missing: {task.notes['missing']}")
+    for name in {"trained_on", "missing"} & task.notes.keys():
+        print(f"{name}: {task.notes[name]}")
     print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}, "
           f"warm-up {args.warmup}, seed {args.seed}, {args.device}")
     return trainable, total
@@ -421,15 +424,18 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args)
     run.write("config.json", {"args": vars(args), "versions": versions()})
     trainable, total = print_header(args, model, task, plan, cut)
-    before = score(model, tokenizer, task, args.max_eval)
-    fit(model, sequences, args, run,
-        lambda: score(model, tokenizer, task, args.max_eval, "valid").values)
-    after = score(model, tokenizer, task, args.max_eval)
+
+    def scores(split: str):
+        return score(model, tokenizer, task, args.max_eval, split, args.eval_batch_size)
+
+    before = scores("test")
+    fit(model, sequences, args, run, lambda: scores("valid").values)
+    after = scores("test")
     save(model, run.folder / "adapter.safetensors")
     run.write("result.json", {
         "method": args.method, "task": args.task, "trainable": trainable, "total": total,
         "before": before.values, "after": after.values, "counts": after.counts,
-        "valid": score(model, tokenizer, task, args.max_eval, "valid").values,
+        "valid": scores("valid").values,
         "seconds": round(time.time() - start, 1), "peak_memory_mb": peak_memory_mb(args.device),
         "loss_on": args.loss_on, "seed": args.seed, "cut": cut, "notes": task.notes,
         "base": base, "versions": versions(), "command": args.command})

@@ -46,6 +46,9 @@ def load_task(name: str, tokenizer, max_length: int, **options) -> Task:
     accepted = options_of(name)
     for option in given.keys() - accepted.keys():
         raise UserError(f"--{option.replace('_', '-')}: task {name} does not use it")
+    for option, value in given.items():
+        if value == "":
+            raise UserError(f"--{option.replace('_', '-')}: is empty")
     for option, default in accepted.items():
         if default is inspect.Parameter.empty and option not in given:
             raise UserError(f"--task {name} needs --{option.replace('_', '-')}")

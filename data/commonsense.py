@@ -29,61 +29,89 @@ NEW_TOKENS = 32
 
 # ---- what a model wrote -> its answer
 def pattern_of(label: str) -> str:
-    """A regex for "answer2" that also finds "answer 2", "answer-2", "answer (2)"."""
-    word, number = re.fullmatch(r"(.*?)(\d*)", label.lower()).groups()
-    gap = r"[\s_-]*[(\[#]?" if number else ""
-    return rf"\b{re.escape(word)}{gap}{number}(?!\w)"
+    """A regex for "answer2" that also finds "Answer 2", "answer-2", "answer (2)"."""
+    word, number = re.fullmatch(r"(.*?)(\d*)", label).groups()
+    gap = r"[\s_=-]*[(\[#]?" if number else ""
+    return rf"(?i:(?<![a-z0-9]){re.escape(word)}{gap}{number}(?![a-z0-9]))"
+
+
+# Behind a label: "answer2 is wrong" does not answer with it.
+DENIED = r"(?!\s+(?:is|was)(?:n't|\s+(?:not|wrong|incorrect|false))\b)"
 
 
 def leading(text: str, labels: tuple[str, ...]) -> str | None:
-    """The label that `text` begins with, by its name, number or letter: "answer2", "2", "(b)"."""
-    text = re.sub(r"^[\s:\"'*#(\[]+", "", text)
+    """The label that `text` begins with, by its name, number or letter: "answer2", "2", "(b)".
+
+    Nothing may follow that would make it a word, a quantity, a list: "a dog", "2 apples", "1. It".
+    """
+    text = re.sub(r"^[\s:\"'*#(\[\u2018\u201c]+", "", text)
     for label in labels:
-        if re.match(pattern_of(label), text):
+        if re.match(pattern_of(label) + DENIED, text):
             return label
     if labels == ("true", "false"):
-        word = re.match(r"(yes|no)\b", text)
-        return word and {"yes": "true", "no": "false"}[word[1]]
-    # Nothing may follow that would make it a word or a quantity: "a dog", "2 apples", "2.5".
-    mark = re.match(r"(?:(\d)|([a-e]))(?:[)\].:,](?!\d)|\s*$)", text)
+        word = re.match(r"(?i:(yes)\b|no(?=\s*(?:[.,;:!)]|$)))", text)
+        return word and ("true" if word[1] else "false")
+    text = re.sub(r"^(?i:option|choice)\s*", "", text)
+    mark = re.match(r"(?:(\d)|([a-eA-E]))"
+                    r"(?:[)\]]|[\"'*.:,\u2019\u201d]*[ \t]*(?:\n|$)|\s+(?:because|since)\b)", text)
     if mark is None:
         return None
-    place = int(mark[1]) - 1 if mark[1] else "abcde".index(mark[2])
+    place = int(mark[1]) - 1 if mark[1] else "abcde".index(mark[2].lower())
     return labels[place] if 0 <= place < len(labels) else None
 
 
-def extract(text: str, labels: tuple[str, ...], options: tuple[str, ...] = ()) -> str | None:
-    """The label that a model answered with, or None. Case does not matter. The first that applies:
+def named(text: str, label: str) -> re.Match | None:
+    """Where `text` names a label without denying it ("not answer2", "answer2 is wrong")."""
+    return re.search(rf"(?<!\bnot )(?<!n't ){pattern_of(label)}{DENIED}", text)
 
-    1. what follows "answer is" or "answer:" begins with a label, as in "the correct answer is
-       answer2", or with its number or letter;
-    2. one label, and no other, is named in the first paragraph that names any ("not answer2" names
-       none): "answer1 or answer2" is no answer, and what a model goes on to write after its answer
-       does not count;
-    3. the text begins with a number or a letter, "2", "(2)", "b)"; for true/false with yes or no;
-    4. one option's own text (`options`, one a label), and no other's, is in the first paragraph.
+
+def quoted(text: str, labels: tuple[str, ...], options: tuple[str, ...], start: bool) -> str | None:
+    """The label whose option stands in `text`, or at its start; of "a fish" and "red fish" only
+    the longer counts where both do. Upper and lower case tell options apart if they must."""
+    before = r"\A[\s:\"'*(]*" if start else r"(?<!\w)"
+    for flags in (0, re.I):
+        found = {option.strip(): label for label, option in zip(labels, options) if option.strip()
+                 and re.search(rf"{before}{re.escape(option.strip())}(?!\w)", text, flags)}
+        longest = [option for option in found
+                   if not any(option.lower() in other.lower() for other in found.keys() - {option})]
+        if len(longest) == 1:
+            return found[longest[0]]
+    return None
+
+
+def extract(text: str, labels: tuple[str, ...], options: tuple[str, ...] = ()) -> str | None:
+    """The label that a model answered with, or None. Case does not matter.
+
+    Paragraph by paragraph ("###" begins one too), so that what a model goes on to write after its
+    answer does not count, the first of these that applies:
+    1. after "answer is" or "answer:" comes an option's own text (`options`, one a label), or its
+       label, number or letter, as in "the correct answer is answer2"; two joined by "/" or "or",
+       as in a prompt's list of labels, are no answer;
+    2. one label is named, and no other; what is denied ("not answer2") is not named;
+    3. it begins with a number or a letter, "2", "(2)", "b)"; for true/false with yes or no;
+    4. it holds one option's own text, and no other's.
     """
-    text = text.strip().lower()
-    for stated in re.finditer(r"\banswer(?:\s+is\b|\s*:)", text):
-        label = leading(text[stated.end():], labels)
+    for part in re.split(r"\n\s*\n|###", text.strip()):
+        for stated in re.finditer(r"(?i)\banswer(?:\s+is\b|\s*:)", part):
+            rest = part[stated.end():]
+            label = quoted(rest, labels, options, start=True) or leading(rest, labels)
+            if label is None:
+                continue
+            either = re.match(r"\W*(?:{0})\s*(?:/|\bor\b)\s*(?:{0})".format(
+                "|".join(map(pattern_of, labels))), rest)
+            return None if either else label
+        said = [label for label in labels if named(part, label)]
+        if said:
+            return said[0] if len(said) == 1 else None
+        label = leading(part, labels) or quoted(part, labels, options, start=False)
         if label is not None:
             return label
-    paragraphs = [part for part in re.split(r"\n\s*\n|###", text) if part.strip()]
-    for part in paragraphs:
-        named = [label for label in labels if re.search(rf"(?<!\bnot ){pattern_of(label)}", part)]
-        if named:
-            return named[0] if len(named) == 1 else None
-    label = leading(text, labels)
-    if label is not None or not paragraphs:
-        return label
-    said = [label for label, option in zip(labels, options) if option.strip() and re.search(
-        rf"(?<!\w){re.escape(option.strip().lower())}(?!\w)", paragraphs[0])]
-    return said[0] if len(said) == 1 else None
+    return None
 
 
 # ---- rows of a file -> examples
 def read_rows(path: Path) -> list[dict]:
-    """UserError: not a list of objects with the four keys, in plain words and with the place."""
+    """UserError: not JSON, or not a list with anything in it."""
     text = read_text(path)
     try:
         rows = json.loads(text)
@@ -101,10 +129,11 @@ def example(row: dict, template: str, group: str, where: str) -> Example:
             isinstance(row.get(key), str) for key in ("instruction", "output", "answer")):
         raise UserError(f'{where}: needs "instruction", "output" and "answer", each a text')
     instruction, answer = row["instruction"].strip(), row["answer"].strip()
+    question, heading, form = instruction.rpartition("Answer format:")
     if row.get("input"):
-        instruction += f"\n\n{row['input']}"
-    labels = tuple(re.split(r"\s*/\s*", instruction.rpartition("Answer format:")[2].strip()))
-    before, found, after = row["output"].strip().rpartition(answer)
+        instruction = f"{question.strip()}\n\n{row['input']}\n\n{heading}{form}"
+    labels = tuple(re.split(r"\s*/\s*", form.strip()))
+    before, found, after = row["output"].strip().rpartition(answer or "(nothing)")
     if answer not in labels or not found:
         raise UserError(f"{where}: answer {answer!r} must be one of the labels after "
                         f"\"Answer format:\" ({'/'.join(labels)[:60]}) and stand in the output")

@@ -38,7 +38,8 @@ from data.task import Example, Scores, Task, read_text, write
 from data.text_metrics import text_scores
 from data.world import RELATIONS, VERSION, World, described, draw, pick_one, shuffled
 
-# As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most).
+# As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most); where
+# a tokenizer cuts words finer, as many new tokens as the longest training text takes.
 NEW_TOKENS = 64
 # LoRA's paper; its README has 0.8. It matters with beams only.
 LENGTH_PENALTY = 0.9
@@ -52,6 +53,7 @@ NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family fri
 @dataclass
 class E2E(Task):
     beams: int = 1
+    new_tokens: int = NEW_TOKENS
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         """Of the first line that the model writes: bleu, nist, meteor, rouge_l, cider.
@@ -59,7 +61,7 @@ class E2E(Task):
         No 4-gram is written twice; those of the prompt are free, since nearly every reference
         holds one (a name of several tokens).
         """
-        texts = write(model, tokenizer, examples, batch_size, self.max_length, NEW_TOKENS,
+        texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,
                       beams=self.beams, length_penalty=LENGTH_PENALTY, no_repeat_ngram=4,
                       copy_prompt=True)
         outputs = [(text.strip() or " ").splitlines()[0].strip() for text in texts]
@@ -83,8 +85,10 @@ def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
     read = {"txt": read_txt, "csv": read_csv}[kind]
     splits = [read(folder / name) for name in FILES[kind]]
     train = [example(mr, [text]) for mr, text in splits[0]]
+    new = max(NEW_TOKENS, 1 + max(len(tokenizer.encode(e.target)) for e in train))
     return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), max_length, beams=beams,
-               defaults={"epochs": 5, "batch_size": 8}, notes={"files": kind})
+               new_tokens=new, defaults={"epochs": 5, "batch_size": 8},
+               notes={"files": kind, "new_tokens": new})
 
 
 def example(mr: str, texts: list[str]) -> Example:

@@ -203,7 +203,8 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
                         f"prompt beside the {max_new_tokens} new tokens of this task")
     prompts = [Sequence(head + tokenizer.encode(e.prompt)[-room:], 0) for e in examples]
     texts: list = [None] * len(examples)
-    for indices in by_length(prompts, batch_size, "writing"):
+    rows = max(1, batch_size // options.get("beams", 1))        # each beam is a row of its own
+    for indices in by_length(prompts, rows, "writing"):
         new = generate(model, [prompts[i].tokens for i in indices], max_new_tokens, **options)
         for i, ids in zip(indices, new):
             texts[i] = tokenizer.decode(ids)

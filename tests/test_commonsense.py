@@ -62,7 +62,27 @@ FISH = ("a red fish", "a bird", "two red fish", "No. 9")
     ("It must have been a bird!", FOUR, "answer2"),
     ("the correct answer is a bird", FOUR, "answer2"),
     ("no. 9", FOUR, "answer4"),
+    ("two red fish", FOUR, "answer3"),
+    ("The answer is a bird because answer1 is red", FOUR, "answer2"),
+    ("The answer is B because it flies", FOUR, "answer2"),
+    ("The correct answer is option 2", FOUR, "answer2"),
+    ("2\nBecause it flies", FOUR, "answer2"),
+    ("_answer2_", FOUR, "answer2"),
+    ("the correct answer is \u201canswer2\u201d", FOUR, "answer2"),
+    # what comes after the answer does not count
+    ("answer3\n\n### Instruction:\nWhich?\n\nAnswer: answer1", FOUR, "answer3"),
+    ("answer2.\n### Response:\nthe correct answer is answer4", FOUR, "answer2"),
+    ("answer2.\nanswer3 is wrong", FOUR, "answer2"),
+    ("Answer: answer1 is wrong. The correct answer is answer3", FOUR, "answer3"),
     # no answer
+    ("the correct answer is true/false", TRUTH, None),
+    ("the correct answer is answer1/answer2/answer3/answer4", FOUR, None),
+    ("the correct answer is answer1 or answer2", FOUR, None),
+    ("answer1 is incorrect", FOUR, None),
+    ("It isn't answer1.", FOUR, None),
+    ("No one knows whether it is", TRUTH, None),
+    ("1. The bird is out.\n2. So is the dog.", FOUR, None),
+    ("A.M. or P.M.", FOUR, None),
     ("", FOUR, None),
     ("   \n\n", FOUR, None),
     ("I do not know.", FOUR, None),
@@ -89,6 +109,18 @@ def row(question="Is it so?", labels=TRUTH, gold="true", options=()):
     blocks = [question, *([listed] if listed else []), "Answer format: " + "/".join(labels)]
     return {"instruction": "\n\n".join(blocks), "input": "", "answer": gold,
             "output": f"the correct answer is {gold}"}
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("the correct answer is 4", "answer1"), ("4", "answer4"), ("rr", "answer3"), ("RR", "answer4")])
+def test_an_option_s_own_text_beats_its_number_and_case_tells_options_apart(text, answer):
+    options = ("4", "3", "2", "1") if text[-1] == "4" else ("R r", "Rr", "rr", "RR")
+    assert extract(text, FOUR, options) == answer
+
+
+def test_the_input_of_a_row_stands_before_the_answer_format():
+    e = example(row() | {"input": "More to read."}, "{instruction}", "", "")
+    assert e.prompt == "Is it so?\n\nMore to read.\n\nAnswer format: true/false"
 
 
 def test_a_row_becomes_a_prompt_a_target_and_a_choice_for_each_label():
@@ -173,6 +205,7 @@ def test_a_template_of_the_user_s_shapes_the_prompt(base, tmp_path):
     ("{", "not JSON"), ("{}", "a list"), ("[]", "not empty"), ('["a"]', "row 1"),
     ('[{"instruction": 1, "output": "", "answer": ""}]', "row 1"),
     (json.dumps([row(), {**row(), "answer": "maybe"}]), "row 2.*'maybe'"),
+    (json.dumps([{**row(), "answer": ""}]), "row 1.*''"),
     (json.dumps([{**row(), "output": "I do not say"}]), "row 1.*stand in the output"),
     (json.dumps([{**row(), "instruction": "no labels"}]), "row 1.*Answer format"),
 ])

@@ -155,6 +155,9 @@ TXT = "name : A | price : £ 20 - 25||A costs £ 20 .\n"
 CSV = 'mr,ref\n"name[A], priceRange[£20-25]","A, ""the"" one."\n'
 
 
+WORDS = SimpleNamespace(encode=str.split)        # a tokenizer, as far as reading needs one
+
+
 def folder_of(path: Path, txt: dict | None = None, csv: dict | None = None) -> str:
     """The three files of either kind; txt and csv replace the content of some."""
     for files, default, names in ((txt, TXT, e2e.FILES["txt"]), (csv, CSV, e2e.FILES["csv"])):
@@ -166,7 +169,7 @@ def folder_of(path: Path, txt: dict | None = None, csv: dict | None = None) -> s
 
 
 def load(folder: str):
-    return load_task("e2e", None, 256, data_dir=folder)
+    return load_task("e2e", WORDS, 256, data_dir=folder)
 
 
 def test_txt_lines_become_pairs_to_learn_and_groups_to_score(tmp_path):
@@ -302,3 +305,9 @@ def test_texts_are_written_with_the_settings_of_the_paper(monkeypatch):
     task.score(None, None, [Example("p", " a", references=("a",))], 1)
     # The prompt's own 4-grams must be free: a name in it can be longer than four tokens.
     assert asked == dict(beams=10, length_penalty=0.9, no_repeat_ngram=4, copy_prompt=True)
+
+
+def test_new_tokens_suffice_for_the_longest_training_text(tmp_path):
+    long = " ".join(["word"] * 100)
+    folder = folder_of(tmp_path, txt={"train.txt": f"a : b||{long}\n"})
+    assert load(folder).new_tokens == 101

@@ -354,3 +354,18 @@ def test_the_real_sets_are_read_whole(name, folder, sizes):
     else:
         assert any('"' in e.prompt for e in task.test)
         assert {e.target for e in task.train} == set(task.train[0].choices)
+
+
+def test_a_line_in_a_thousand_may_be_broken_as_in_glue_s_own_qqp(base, tmp_path, capsys):
+    _, tokenizer = base
+    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
+    lines = [header, *(f"{i}\t1\t2\tWho is {i}?\tWhat is {i}?\t{i % 2}" for i in range(1000))]
+    broken = [*lines[:500], "\tWas it so?\t0", *lines[500:]]
+    (tmp_path / "train.tsv").write_text("\n".join(broken) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join(lines[:9]) + "\n")
+    task = load_task("glue/qqp", tokenizer, 128, data_dir=str(tmp_path))
+    assert len(task.train) + len(task.valid) == 1000
+    assert "train.tsv:501: 3 columns instead of 6" in capsys.readouterr().err
+    (tmp_path / "train.tsv").write_text("\n".join(broken[:600]) + "\n")
+    with pytest.raises(UserError, match="train.tsv:501"):
+        load_task("glue/qqp", tokenizer, 128, data_dir=str(tmp_path))
