@@ -1,4 +1,5 @@
-"""Our layers beside peft's, in float64: the same weights, batches and optimizer."""
+"""Two ways to compute one layer, side by side; and our layers beside peft's, in float64: the same
+weights, batches and optimizer."""
 from types import SimpleNamespace
 
 import torch
@@ -24,6 +25,15 @@ class Net(nn.Module):
     def forward(self, x, target):
         y = self.v(torch.tanh(self.q(x)))
         return SimpleNamespace(y=y, loss=F.mse_loss(y, target))
+
+
+def gradients(layer, forward, x, g):
+    """[output, gradient of x and of each parameter of the layer] of one way to compute it."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    y = forward(x)
+    y.backward(g)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters(recurse=False))]
 
 
 def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, **hyper):

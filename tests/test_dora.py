@@ -7,6 +7,7 @@ from torch import nn
 
 import parity
 from dora import DoRALinear
+from parity import gradients
 
 
 def dora(n_in, n_out, rank=3, alpha=4.0, dtype=None, bias=True, **kwargs):
@@ -24,15 +25,6 @@ def naive(layer, x):
     norm = W.norm(dim=1, keepdim=True)
     W = layer.magnitude[:, None] * W / (norm if layer.norm_gradient else norm.detach())
     return F.linear(x, W, layer.base.bias)
-
-
-def gradients(layer, forward, x, g):
-    """[output, gradients of x, A, B, magnitude] of one way to compute the layer."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = forward(x)
-    y.backward(g)
-    return [y.detach(), x.grad, *(p.grad.clone() for p in (layer.A, layer.B, layer.magnitude))]
 
 
 def hand_worked(**kwargs):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import UserError
 from dual_lora import DualLoRALinear, warmup_after
 from lora import AdapterLinear
+from parity import gradients
 
 
 class NaiveSign(torch.autograd.Function):
@@ -39,15 +40,6 @@ def dual(n_in, n_out, rank=4, alpha=8.0, dtype=None, bias=True, **kwargs):
 
 def parameters(layer):
     return [layer.A, layer.B, layer.C, layer.D]
-
-
-def gradients(layer, forward, x, g):
-    """[output, gradients of x, A, B, C, D] of one way to compute the layer."""
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = forward(x)
-    y.backward(g)
-    return [y.detach(), x.grad, *(p.grad.clone() for p in parameters(layer))]
 
 
 def test_a_hand_worked_2x2_layer_gives_these_numbers():

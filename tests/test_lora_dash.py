@@ -6,6 +6,7 @@ from torch import nn
 from common import UserError
 from lora import LoRALinear
 from lora_dash import LoRADashLinear, last_prelaunch_step
+from parity import gradients
 
 
 def dash(n_in, n_out, rank=3, alpha=4.0, dtype=None, dashing=True, **kwargs):
@@ -24,14 +25,6 @@ def naive(layer, x):
     for i in range(len(layer.coords)):
         W = W + layer.coords[i] * torch.outer(layer.U[:, i], layer.Vt[i])
     return F.linear(x, W, layer.base.bias)
-
-
-def gradients(layer, forward, x, g):
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y = forward(x)
-    y.backward(g)
-    return [y.detach(), x.grad, *(p.grad for p in (layer.A, layer.B, layer.coords))]
 
 
 def test_a_hand_worked_2x2_layer_gives_these_numbers():
