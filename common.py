@@ -22,6 +22,11 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
+def flag(name: str) -> str:
+    """An argument's name as it is typed: max_length -> --max-length."""
+    return "--" + name.replace("_", "-")
+
+
 def exit_on_user_error(main: Callable) -> Callable:
     """Decorator for a script's main(): a UserError ends it with one line on stderr, status 2."""
     @functools.wraps(main)

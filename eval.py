@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from common import (Parser, UserError, atomic_write, default_device, device,
-                    exit_on_user_error)
+from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
+                    flag)
 from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task
 from data.task import Scores, Task
@@ -106,7 +106,7 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--model", help="instead: HF-layout folder, or owner/name on the hub")
     what.add_argument("--task", help=f"with --model: {', '.join(TASKS)}")
     for name, options in OPTIONS.items():
-        what.add_argument(f"--{name.replace('_', '-')}", **options)
+        what.add_argument(flag(name), **options)
     what.add_argument("--max-length", type=int, help="with --model: tokens of an example (256)")
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
@@ -119,9 +119,9 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         raise UserError("give one of --run FOLDER and --model PATH")
-    for flag in ("task", "max_length", *OPTIONS):
-        if args.run is not None and getattr(args, flag) is not None and flag != "beams":
-            raise UserError(f"--{flag.replace('_', '-')}: a run has its own; use it with --model")
+    for name in ("task", "max_length", *OPTIONS):
+        if args.run is not None and getattr(args, name) is not None and name != "beams":
+            raise UserError(f"{flag(name)}: a run has its own; use it with --model")
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
     if args.predictions is not None:            # said now, and not after hours of scoring
@@ -129,9 +129,9 @@ def parse(argv: list[str] | None) -> Namespace:
             raise UserError("--predictions: --prompt scores nothing")
         if args.predictions.is_dir() or not args.predictions.absolute().parent.is_dir():
             raise UserError(f"--predictions {args.predictions}: not a file in an existing folder")
-    for flag in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    for name in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"{flag(name)} must be at least 1")
     return args
 
 

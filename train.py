@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
-                    nearest)
+                    flag, nearest)
 from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
@@ -133,10 +133,6 @@ def check(args: Namespace) -> None:
             raise UserError(f"--out {args.out}: a file stands there")
         if not args.overwrite:
             raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def fill(args: Namespace, defaults: dict) -> None:

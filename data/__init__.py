@@ -3,7 +3,7 @@ for: OPTIONS, below; one without a default must be given. It returns a data.task
 import inspect
 from functools import partial
 
-from common import UserError, nearest
+from common import UserError, flag, nearest
 from data import commonsense, e2e, facts, glue, text
 from data.task import Task
 
@@ -45,13 +45,13 @@ def load_task(name: str, tokenizer, max_length: int, **options) -> Task:
     given = {option: value for option, value in options.items() if value is not None}
     accepted = options_of(name)
     for option in given.keys() - accepted.keys():
-        raise UserError(f"--{option.replace('_', '-')}: task {name} does not use it")
+        raise UserError(f"{flag(option)}: task {name} does not use it")
     for option, value in given.items():
         if value == "":
-            raise UserError(f"--{option.replace('_', '-')}: is empty")
+            raise UserError(f"{flag(option)}: is empty")
     for option, default in accepted.items():
         if default is inspect.Parameter.empty and option not in given:
-            raise UserError(f"--task {name} needs --{option.replace('_', '-')}")
+            raise UserError(f"--task {name} needs {flag(option)}")
     if given.get("beams", 1) < 1:
         raise UserError(f"--beams {given['beams']}: must be at least 1")
     return TASKS[name](tokenizer, max_length, **given)
