@@ -19,7 +19,7 @@ from common import (Parser, UserError, atomic_write, default_device, device, exi
                     flag)
 from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task
-from data.task import Scores, Task
+from data.task import Scores, Task, evenly, opening
 from generate import generate
 from methods import load
 
@@ -34,13 +34,14 @@ def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str 
 
 
 def sample(examples: list, n: int) -> list:
-    """n examples, as many of each group, spread evenly over it (at least one of each)."""
+    """At most n examples, as many of each group as it has and its share allows, evenly spread
+    over it; one of each group, though n be smaller than that."""
     groups = defaultdict(list)
     for example in examples:
         groups[getattr(example, "group", "")].append(example)
     share = max(1, n // len(groups))
-    return [group[i * len(group) // share] for group in groups.values()
-            for i in range(min(share, len(group)))]
+    return [group[i] for group in groups.values()
+            for i in evenly(min(share, len(group)), len(group))]
 
 
 def interval(share: float, n: int) -> tuple[float, float]:
@@ -78,7 +79,7 @@ def print_scores(scores: Scores) -> None:
 
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     """What greedy decoding writes after the prompt."""
-    ids = ([] if tokenizer.bos is None else [tokenizer.bos]) + tokenizer.encode(prompt)
+    ids = opening(tokenizer) + tokenizer.encode(prompt)
     room = model.config.max_positions - len(ids)
     if room < 1:
         raise UserError(f"--prompt: its {len(ids)} tokens fill all of the model's positions")

@@ -13,11 +13,11 @@ for validation.
 """
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, read_text, shares, write
+from data.task import Example, Scores, Task, choice_losses, read_text, shares, spread, write
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
@@ -160,23 +160,15 @@ def read_template(path: str | None) -> str:
     return template
 
 
-def spread(items: list, n: int) -> tuple[list, list]:
-    """-> the others, and n of the items, evenly spread (at most a tenth of them, at least one)."""
-    n = max(1, min(n, len(items) // 10))
-    taken = {i * len(items) // n for i in range(n)}
-    return ([item for i, item in enumerate(items) if i not in taken],
-            [item for i, item in enumerate(items) if i in taken])
-
-
 # ---- the task
 @dataclass
 class Choices(Task):
     """Sets of questions with labelled options; an example's `references` are its labels."""
     beams: int = 1
-    left_out: tuple[str, ...] = field(default=())       # groups that the average does without
+    new_tokens: int = NEW_TOKENS
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
-        texts = write(model, tokenizer, examples, batch_size, self.max_length, NEW_TOKENS,
+        texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,
                       beams=self.beams)
         answers = [extract(text, e.references, option_texts(e.prompt, e.references))
                    for text, e in zip(texts, examples)]
@@ -189,10 +181,9 @@ class Choices(Task):
                             ("likelihood", [a == g for a, g in zip(likeliest, gold)]),
                             ("unparsed", [a is None for a in answers])):
             by_group, n = shares(groups, right)
-            averaged = [v for group, v in by_group.items() if group not in self.left_out]
             values |= {f"{name}/{group}": value for group, value in by_group.items()}
             counts |= {f"{name}/{group}": n[group] for group in by_group if name != "unparsed"}
-            values[f"{name}/{average(len(averaged))}"] = sum(averaged) / max(1, len(averaged))
+            values[f"{name}/{average(len(by_group))}"] = sum(by_group.values()) / len(by_group)
         rows = [dict(group=e.group, prompt=e.prompt, output=text, answer=a, likeliest=l, gold=g)
                 for e, text, a, l, g in zip(examples, texts, answers, likeliest, gold)]
         return Scores(values, counts, rows)
@@ -225,7 +216,7 @@ def load(tokenizer, max_length: int, data_dir: str, prompt_template: str | None 
         raise UserError(f"--data-dir {data_dir}: holds neither commonsense_170k.json nor any "
                         f"set's train.json")
     train, valid = spread([e for path, group in files.items() for e in examples(path, group)],
-                          VALID)
+                          VALID, f"--data-dir {data_dir}")
     test = [e for name, path in tests.items() if name not in missing
             for e in examples(path, SETS[name])]
     notes = {"trained_on": [str(path.relative_to(folder)) for path in files]}

@@ -34,7 +34,7 @@ from itertools import product
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, read_text, write
+from data.task import Example, Scores, Task, numbered_lines, read_text, write
 from data.text_metrics import text_scores
 from data.world import RELATIONS, VERSION, World, described, draw, pick_one, shuffled
 
@@ -106,12 +106,11 @@ def grouped(pairs: list[tuple[str, str]]) -> list[Example]:
 def read_txt(path: Path) -> list[tuple[str, str]]:
     """(meaning representation, reference) of each line; blank lines are skipped."""
     pairs = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            mr, bars, text = line.partition("||")
-            if not bars:
-                raise UserError(f"{path}:{number}: no || between attributes and reference")
-            pairs.append(checked(f"{path}:{number}", mr, text))
+    for number, line in numbered_lines(path):
+        mr, bars, text = line.partition("||")
+        if not bars:
+            raise UserError(f"{path}:{number}: no || between attributes and reference")
+        pairs.append(checked(f"{path}:{number}", mr, text))
     return not_empty(path, pairs)
 
 

@@ -14,7 +14,6 @@ Published recipes, linear decay:
         5e-4/25, QNLI 1.2e-3/5, QQP 5e-4/5, RTE 1.2e-3/50, STS-B 2.2e-3/25   (2303.10512, table 8)
 """
 import math
-import random
 import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, read_text
+from data.task import Example, Scores, Task, choice_losses, numbered_lines, spread
 
 
 # ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
@@ -178,7 +177,7 @@ def table(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
     line in a thousand may have another number of columns; it is left out, and said so.
     """
     rows = [(number, [field.strip() for field in line.split("\t")])
-            for number, line in enumerate(read_text(path).split("\n"), 1) if line]
+            for number, line in numbered_lines(path)]
     places, widths = layout.columns, layout.widths
     if not widths and rows:
         (number, header), *rows = rows
@@ -232,16 +231,6 @@ def grade(label: str, where: str) -> float:
     return score
 
 
-def hold_out(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """-> train, valid: a tenth, at most 1,000, the same in every run, drawn since files may be
-    sorted; by random(), the one draw that Python keeps the same in all its versions."""
-    draw = random.Random(0)
-    order = sorted(range(len(examples)), key=lambda i: draw.random())
-    held = set(order[:max(1, min(len(examples) // 10, 1000))])
-    return ([e for i, e in enumerate(examples) if i not in held],
-            [e for i, e in enumerate(examples) if i in held])
-
-
 def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
     """name: one of SETS. UserError: a folder without the set's files, or a wrong line in one."""
     spec, folder = SETS[name], Path(data_dir)
@@ -257,10 +246,8 @@ def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
     train = read(folder / layout.train, layout, spec)
     if layout.valid:
         valid = read(folder / layout.valid, layout, spec)
-    elif len(train) > 1:
-        train, valid = hold_out(train)
     else:
-        raise UserError(f"{folder / layout.train}: 1 example; train and valid need one each")
+        train, valid = spread(train, 1000, folder / layout.train)
     test = [example for file in layout.test for example in read(folder / file, layout, spec)]
     return Glue(name, train, valid, test, max_length, defaults={"epochs": 3, "batch_size": 16},
                 notes={"files": layout.files(), "template": spec.template,

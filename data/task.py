@@ -59,6 +59,11 @@ class Task:
         raise NotImplementedError
 
 
+def opening(tokenizer) -> list[int]:
+    """What every sequence begins with: bos, where the tokenizer has one."""
+    return [] if tokenizer.bos is None else [tokenizer.bos]
+
+
 def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str = "answer",
            eos: bool = True) -> Sequence:
     """bos, prompt, target, eos (each special token where the tokenizer has one).
@@ -71,7 +76,7 @@ def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str
     """
     if isinstance(example, Sequence):
         return example
-    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    head = opening(tokenizer)
     tail = [tokenizer.eos] if eos and tokenizer.eos is not None else []
     prompt = tokenizer.encode(example.prompt)
     whole = tokenizer.encode(example.prompt + example.target)
@@ -196,7 +201,7 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
     A prompt longer than max_length, or than the positions that max_new_tokens leave, loses its
     start.
     """
-    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    head = opening(tokenizer)
     room = min(max_length, model.config.max_positions - max_new_tokens) - len(head)
     if room < 1:
         raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
@@ -221,6 +226,28 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """The lines of read_text(path) with their numbers, from 1; those without text are left out."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip(" "):         # not tabs, which make columns
+            yield number, line
+
+
+def evenly(n: int, total: int) -> list[int]:
+    """n of the places 0 .. total - 1, evenly spread; n is at most total."""
+    return [i * total // n for i in range(n)]
+
+
+def spread(items: list, n: int, source: str | Path) -> tuple[list, list]:
+    """-> the others, and n of the items (at most a tenth of them, at least one), evenly spread,
+    since files may be sorted. UserError, which names the source: there is nothing to divide."""
+    if len(items) < 2:
+        raise UserError(f"{source}: fewer than 2 examples; train and valid need one each")
+    taken = set(evenly(max(1, min(n, len(items) // 10)), len(items)))
+    return ([item for i, item in enumerate(items) if i not in taken],
+            [item for i, item in enumerate(items) if i in taken])
 
 
 def split_file(items: list) -> tuple[list, list, list]:

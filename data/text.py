@@ -5,8 +5,8 @@ import json
 import math
 
 from common import UserError
-from data.task import (Example, Scores, Sequence, Task, encode_all, read_text, score_targets,
-                       split_file)
+from data.task import (Example, Scores, Sequence, Task, encode_all, numbered_lines, opening,
+                       read_text, score_targets, split_file)
 
 
 class Text(Task):
@@ -30,7 +30,7 @@ def load_text(tokenizer, max_length: int, data: str) -> Task:
     ids = tokenizer.encode(read_text(data))
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
-    head = [] if tokenizer.bos is None else [tokenizer.bos]
+    head = opening(tokenizer)
     size = max_length - len(head)
     if max_length < 2:
         raise UserError(f"--max-length {max_length}: text needs at least 2 tokens an example")
@@ -47,9 +47,7 @@ def load_text(tokenizer, max_length: int, data: str) -> Task:
 def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
     """One example a line; blank lines are skipped, any other wrong line is named."""
     examples = []
-    for number, line in enumerate(read_text(data).split("\n"), 1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(data):
         try:
             row = json.loads(line)
             prompt, target = row["prompt"], row["target"]

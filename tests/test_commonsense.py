@@ -7,7 +7,7 @@ import torch
 from common import UserError
 from convert import load_pretrained
 from data import load_task
-from data.commonsense import (SETS, average, example, extract, option_texts, read_rows, spread)
+from data.commonsense import SETS, average, example, extract, option_texts, read_rows
 from eval import score
 from methods import adapters, inject, merge
 
@@ -223,14 +223,9 @@ def test_folders_without_sets_or_training_data_are_refused(base, tmp_path):
     folder_of(tmp_path, ["piqa"], train=())
     with pytest.raises(UserError, match="commonsense_170k.json"):
         load_task("commonsense", base[1], 128, data_dir=str(tmp_path))
-    with pytest.raises(UserError, match="needs --data-dir"):
-        load_task("commonsense", base[1], 128)
-
-
-def test_validation_rows_are_evenly_spread_and_no_longer_trained_on():
-    rest, held = spread(list(range(100)), 5)
-    assert held == [0, 20, 40, 60, 80] and sorted(rest + held) == list(range(100))
-    assert [len(part) for part in spread([1, 2, 3], 480)] == [2, 1]
+    folder_of(tmp_path / "one", ["boolq"], rows=1)
+    with pytest.raises(UserError, match="one: fewer than 2 examples"):
+        load_task("commonsense", base[1], 128, data_dir=str(tmp_path / "one"))
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the real sets are not here")

@@ -9,8 +9,9 @@ from common import UserError
 from convert import load_pretrained
 from data import load_task
 from data.task import (Example, Sequence, collate, encode, encode_all, recall, score_targets,
-                       split_file, target_loss)
+                       split_file, spread, target_loss)
 from data.world import World, cloze
+from eval import sample
 from generate import generate
 
 BASE = Path(__file__).parents[1] / "data" / "base"
@@ -140,6 +141,27 @@ def test_a_file_is_split_eight_one_one():
     assert split_file([0, 1, 2]) == ([0], [1], [2])
 
 
+def test_rows_held_out_are_evenly_spread_and_no_longer_trained_on():
+    rest, held = spread(list(range(100)), 5, "file")
+    assert held == [0, 20, 40, 60, 80] and sorted(rest + held) == list(range(100))
+    assert spread([1, 2, 3], 480, "file") == ([2, 3], [1])          # one at least, a tenth at most
+    assert len(spread(list(range(1000)), 480, "file")[1]) == 100
+    with pytest.raises(UserError, match="file: fewer than 2 examples"):
+        spread([1], 5, "file")
+
+
+def test_a_sample_takes_as_many_of_each_group_and_none_twice():
+    groups = [Example(str(i), "", group="small" if i < 3 else "large") for i in range(33)]
+    taken = [int(example.prompt) for example in sample(groups, 20)]
+    assert taken == [0, 1, 2, *range(3, 33, 3)]
+
+
+@pytest.mark.parametrize("name", ["commonsense", "e2e", "glue/rte"])
+def test_a_task_of_files_needs_a_folder(name):
+    with pytest.raises(UserError, match="needs --data-dir"):
+        load_task(name, None, 256)
+
+
 def test_blocks_of_text_hold_each_token_once(base, tmp_path):
     _, tokenizer = base
     text = "".join(f"line {i} of the text\n" for i in range(300))
@@ -163,8 +185,8 @@ def test_each_kind_of_wrong_line_is_named(line, base, tmp_path):
 
 def test_text_that_is_not_utf8_or_too_short_is_an_error(base, tmp_path):
     path = tmp_path / "t.txt"
-    path.write_bytes(b"abc\xff")
-    with pytest.raises(UserError, match=r"t\.txt:1: not UTF-8"):
+    path.write_bytes(b"\xef\xbb\xbfabc\r\n\xff")              # behind a byte order mark
+    with pytest.raises(UserError, match=r"t\.txt:2: not UTF-8"):
         load_task("text", base[1], 256, data=str(path))
     path.write_text("short")
     with pytest.raises(UserError, match="too few"):
