@@ -403,8 +403,9 @@ def main(argv: list[str] | None = None) -> None:
                      **{name: getattr(args, name) for name in OPTIONS})
     resolve_task(args, task)
     sequences = encode_all(task.train, tokenizer, model, args.max_length, loss_on=args.loss_on)
-    held_out = encode_all(task.valid + task.test, tokenizer, model, args.max_length)
-    cut = {"train": sum(s.cut for s in sequences), "held out": sum(s.cut for s in held_out)}
+    held_out = [task.sequences(e, tokenizer, model) for e in task.valid + task.test]
+    cut = {"train": sum(s.cut for s in sequences),
+           "held out": sum(any(s.cut for s in of_example) for of_example in held_out)}
     base = fingerprint(model)
     torch.manual_seed(args.seed)
     method = METHODS[args.method]

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, read_text, shares, spread, write
+from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_choices,
+                       encode_prompt, read_text, shares, spread, write)
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
@@ -166,6 +167,10 @@ class Choices(Task):
     """Sets of questions with labelled options; an example's `references` are its labels."""
     beams: int = 1
     new_tokens: int = NEW_TOKENS
+
+    def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
+        return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens),
+                *encode_choices(example, tokenizer, model, self.max_length)]
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,

@@ -34,7 +34,8 @@ from itertools import product
 from pathlib import Path
 
 from common import UserError
-from data.task import Example, Scores, Task, numbered_lines, read_text, write
+from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
+                       write)
 from data.text_metrics import text_scores
 from data.world import RELATIONS, VERSION, World, described, draw, pick_one, shuffled
 
@@ -54,6 +55,9 @@ NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family fri
 class E2E(Task):
     beams: int = 1
     new_tokens: int = NEW_TOKENS
+
+    def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
+        return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens)]
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         """Of the first line that the model writes: bleu, nist, meteor, rouge_l, cider.

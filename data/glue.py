@@ -23,7 +23,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, numbered_lines, spread
+from data.task import Example, Scores, Task, choice_losses, encode_choices, numbered_lines, spread
 
 
 # ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
@@ -146,6 +146,9 @@ def expected_score(losses: list[float], scores: list[float]) -> float:
 
 
 class Glue(Task):
+    def sequences(self, example: Example, tokenizer, model) -> list:
+        return encode_choices(example, tokenizer, model, self.max_length)
+
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         """The set's official metrics, of each group (MNLI's two dev files) on its own."""
         losses = choice_losses(model, tokenizer, examples, batch_size, self.max_length)

@@ -2,9 +2,9 @@
 score a model on them: is the target what it would write, which of the choices is likeliest, and
 what does it write. Each task family has its own file beside this one.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Iterator, NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,49 +58,82 @@ class Task:
     def score(self, model, tokenizer, examples: list, batch_size: int) -> Scores:
         raise NotImplementedError
 
+    def sequences(self, example, tokenizer, model) -> list[Sequence]:
+        """What score() makes of an example, so that a run can tell before it begins what is cut
+        and what does not fit; overridden where that is not prompt and target."""
+        return encode_all([example], tokenizer, model, self.max_length)
+
 
 def opening(tokenizer) -> list[int]:
     """What every sequence begins with: bos, where the tokenizer has one."""
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
-def encode(example: Example | Sequence, tokenizer, max_length: int, loss_on: str = "answer",
-           eos: bool = True) -> Sequence:
-    """bos, prompt, target, eos (each special token where the tokenizer has one).
+def encode_targets(prompt: str, targets: Iterable[str], tokenizer, max_length: int,
+                   loss_on: str = "answer", eos: bool = True) -> list[Sequence]:
+    """Of each target: bos, prompt, target, eos (each special token where the tokenizer has one).
 
     Prompt and target are tokenized as one text, since tokens can straddle their border; the
-    target starts at the first token that the prompt alone does not have. What is longer than
-    max_length loses the start of its prompt, never its end and nothing of the target. Plain text
-    comes as a Sequence already and passes unchanged.
+    target starts at the first token that the prompt alone does not have. Where the longest is
+    longer than max_length, all lose as much of the start of the prompt, never its end and nothing
+    of a target: so they are compared after the same prompt.
     UserError: a target that does not fit in max_length, or that nothing stands before.
     """
+    head, tail = opening(tokenizer), [tokenizer.eos] if eos and tokenizer.eos is not None else []
+    alone, rows = head + tokenizer.encode(prompt), []
+    for target in targets:
+        tokens = head + tokenizer.encode(prompt + target) + tail
+        start = 0
+        while start < min(len(alone), len(tokens)) and alone[start] == tokens[start]:
+            start += 1
+        rows.append((tokens, start, target))
+    lost = max(0, max(len(tokens) for tokens, _, _ in rows) - max_length)
+    first = min(start for _, start, _ in rows)
+    if first == 0:                      # the first target token needs one that predicts it
+        raise UserError("an empty prompt needs a tokenizer with a bos token, to begin with: "
+                        f"{rows[0][2][:60]!r}")
+    if lost >= first:                   # bos, or the first token where there is none, stays
+        size, target = max((len(tokens) - start, target) for tokens, start, target in rows)
+        raise UserError(f"a target of {size} tokens does not fit in --max-length {max_length}: "
+                        f"{target[:60]!r}")
+    return [Sequence(tokens[:1] + tokens[1 + lost:], 1 if loss_on == "all" else start - lost,
+                     cut=lost > 0) for tokens, start, _ in rows]
+
+
+def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -> Sequence:
+    """The example's prompt and target, as encode_targets() makes them of its options. Plain text
+    comes as a Sequence already and passes unchanged."""
     if isinstance(example, Sequence):
         return example
-    head = opening(tokenizer)
-    tail = [tokenizer.eos] if eos and tokenizer.eos is not None else []
-    prompt = tokenizer.encode(example.prompt)
-    whole = tokenizer.encode(example.prompt + example.target)
-    start = 0
-    while start < min(len(prompt), len(whole)) and prompt[start] == whole[start]:
-        start += 1
-    if not head:                    # the first target token needs one token that predicts it
-        if start == 0:
-            raise UserError("an empty prompt needs a tokenizer with a bos token, to begin with: "
-                            f"{example.target[:60]!r}")
-        head, whole, start = whole[:1], whole[1:], start - 1
-    room = max_length - len(head) - len(tail)
-    if len(whole) - start > room:
-        raise UserError(f"a target of {len(whole) - start} tokens does not fit in --max-length "
-                        f"{max_length}: {example.target[:60]!r}")
-    lost = max(0, len(whole) - room)
-    tokens = head + whole[lost:] + tail
-    return Sequence(tokens, 1 if loss_on == "all" else len(head) + start - lost, cut=lost > 0)
+    return encode_targets(example.prompt, [example.target], tokenizer, max_length, **options)[0]
 
 
 def encode_all(examples: list, tokenizer, model, max_length: int, **options) -> list[Sequence]:
     """Every example as encode() makes it. UserError also for a token the model does not have."""
-    sequences = [encode(example, tokenizer, max_length, **options) for example in examples]
-    largest = max((max(s.tokens) for s in sequences), default=0)
+    return known([encode(example, tokenizer, max_length, **options) for example in examples],
+                 model)
+
+
+def encode_choices(example: Example, tokenizer, model, max_length: int) -> list[Sequence]:
+    """The example's prompt with each of its choices."""
+    return known(encode_targets(example.prompt, example.choices, tokenizer, max_length), model)
+
+
+def encode_prompt(example: Example, tokenizer, model, max_length: int,
+                  max_new_tokens: int) -> Sequence:
+    """bos and prompt, to be written on by write(). A prompt longer than max_length, or than the
+    positions that max_new_tokens leave, loses its start."""
+    head, tokens = opening(tokenizer), tokenizer.encode(example.prompt)
+    room = min(max_length, model.config.max_positions - max_new_tokens) - len(head)
+    if room < 1:
+        raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
+                        f"prompt beside the {max_new_tokens} new tokens of this task")
+    return known([Sequence(head + tokens[-room:], 0, cut=len(tokens) > room)], model)[0]
+
+
+def known(sequences: list[Sequence], model) -> list[Sequence]:
+    """The sequences, if the model has all their tokens; a UserError otherwise."""
+    largest = max((max(s.tokens, default=0) for s in sequences), default=0)
     if largest >= model.config.vocab_size:
         raise UserError(f"the tokenizer gives token {largest}, the model has only "
                         f"{model.config.vocab_size}: they do not belong together")
@@ -188,25 +221,16 @@ def recall(model, tokenizer, examples: list[Example], batch_size: int, max_lengt
 def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
                   max_length: int) -> list[list[float]]:
     """Of each example -log p(choice | prompt) for each of its choices, in nats."""
-    sequences = encode_all([replace(example, target=choice) for example in examples
-                            for choice in example.choices], tokenizer, model, max_length)
+    sequences = [sequence for example in examples
+                 for sequence in encode_choices(example, tokenizer, model, max_length)]
     losses = iter(score.loss for score in score_targets(model, sequences, batch_size))
     return [[next(losses) for _ in example.choices] for example in examples]
 
 
 def write(model, tokenizer, examples: list[Example], batch_size: int, max_length: int,
           max_new_tokens: int, **options) -> list[str]:
-    """What the model writes after each prompt; options: beams and what else generate() takes.
-
-    A prompt longer than max_length, or than the positions that max_new_tokens leave, loses its
-    start.
-    """
-    head = opening(tokenizer)
-    room = min(max_length, model.config.max_positions - max_new_tokens) - len(head)
-    if room < 1:
-        raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
-                        f"prompt beside the {max_new_tokens} new tokens of this task")
-    prompts = [Sequence(head + tokenizer.encode(e.prompt)[-room:], 0) for e in examples]
+    """What the model writes after each prompt; options: beams and what else generate() takes."""
+    prompts = [encode_prompt(e, tokenizer, model, max_length, max_new_tokens) for e in examples]
     texts: list = [None] * len(examples)
     rows = max(1, batch_size // options.get("beams", 1))        # each beam is a row of its own
     for indices in by_length(prompts, rows, "writing"):

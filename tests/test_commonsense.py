@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from common import UserError
 from convert import load_pretrained
 from data import load_task
@@ -177,6 +178,24 @@ def test_scores_and_texts_are_the_same_for_every_batch_size_greedy_and_with_beam
     for beams in (1, 3):
         task = load_task("commonsense", tokenizer, 128, data_dir=folder, beams=beams)
         assert score(model, tokenizer, task, batch_size=1) == score(model, tokenizer, task)
+
+
+def test_a_run_counts_an_example_that_is_cut_once_and_checks_wrong_choices_before_it_starts(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path, ["boolq"])
+    flags = ["--method", "lora", "--task", "commonsense", "--data-dir", ".", "--max-length", "128",
+             "--steps", "1", "--batch-size", "2", "--out", "run"]
+    tests = [row("word " * 200), row("Is it so?")]         # one is cut, written on and in 2 choices
+    Path("boolq/test.json").write_text(json.dumps(tests))
+    train.main(flags)
+    result = Path("run/result.json").read_text()
+    assert json.loads(result)["cut"] == {"train": 0, "held out": 1}
+    wrong = row("Is it so?", ("true", "false " * 200 + "end"))
+    Path("boolq/test.json").write_text(json.dumps([*tests, wrong]))
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--overwrite"])
+    assert "false" in capsys.readouterr().err and Path("run/result.json").read_text() == result
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "dual"])

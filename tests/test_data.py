@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from common import UserError
 from convert import load_pretrained
 from data import load_task
-from data.task import (Example, Sequence, collate, encode, encode_all, recall, score_targets,
-                       split_file, spread, target_loss)
+from data.task import (Example, Sequence, choice_losses, collate, encode, encode_all,
+                       encode_choices, recall, score_targets, split_file, spread, target_loss)
 from data.world import World, cloze
 from eval import sample
 from generate import generate
@@ -41,6 +41,25 @@ def test_too_long_an_example_loses_the_start_of_its_prompt_and_nothing_else(base
     assert short.tokens[short.start:] == whole.tokens[whole.start:]
     with pytest.raises(UserError, match="--max-length 3"):
         encode(example, tokenizer, 3)
+
+
+def test_all_choices_are_read_after_the_same_prompt(base):
+    model, tokenizer = base
+    prompt = "one two three four five six seven eight nine ten"
+    example = Example(prompt, " b", choices=(" b", " eleven twelve thirteen fourteen", " c d"))
+    whole = encode(example, tokenizer, 99)
+    size = max(len(encode(Example(prompt, choice), tokenizer, 99).tokens)
+               for choice in example.choices)
+    sequences = encode_choices(example, tokenizer, model, size - 3)
+    assert [len(s.tokens) == size - 3 for s in sequences] == [False, True, False]
+    for choice, (tokens, start, cut) in zip(example.choices, sequences):
+        assert cut and tokens[:start] == [tokenizer.bos, *whole.tokens[4:whole.start]]
+        assert tokenizer.decode(tokens[start:-1]) == choice
+    alone = encode(example, tokenizer, size - 3)                        # which need not be cut
+    assert choice_losses(model, tokenizer, [example], 8, size - 3)[0][0] != pytest.approx(
+        score_targets(model, [alone], 1)[0].loss, rel=1e-6)
+    with pytest.raises(UserError, match="--max-length 6.*eleven"):
+        encode_choices(example, tokenizer, model, 6)
 
 
 def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):

@@ -285,6 +285,17 @@ def test_scores_do_not_depend_on_the_batch_size(base, beams):
     assert task.score(*base, few, 1) == task.score(*base, few, 4)
 
 
+def test_a_text_to_compare_with_may_be_longer_than_any_input(base, tmp_path):
+    long = " ".join(["word"] * 300)
+    folder = folder_of(tmp_path, txt={"test.txt": f"name : A||{long}\n{long} : B||short\n"})
+    model, tokenizer = base
+    task = load_task("e2e", tokenizer, 128, data_dir=folder)
+    short, cut = (task.sequences(example, tokenizer, model) for example in task.test)
+    assert [(len(s.tokens) < 128, s.cut) for s in short] == [(True, False)]
+    assert [(len(s.tokens), s.cut) for s in cut] == [(128, True)]
+    assert cut[0].tokens[-8:] == tokenizer.encode(task.test[1].prompt)[-8:]
+
+
 def test_an_item_is_scored_on_its_first_line(monkeypatch, mini):
     written = iter([" \n One line . \nAnother", "", "\n\n"])
     monkeypatch.setattr(e2e, "write", lambda *args, **options: list(written))
