@@ -19,13 +19,25 @@ from common import (Parser, UserError, atomic_write, default_device, device, exi
                     flag)
 from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task
-from data.task import Scores, Task, evenly, opening
+from data.task import Example, Scores, Task, evenly, opening
 from generate import generate
 from methods import load
 
 
+MAX_LENGTH, BATCH_SIZE = 256, 128
+
+
+def open_model(path: str, device: str, max_length: int | None):
+    """-> the model in float32, its tokenizer, and max_length (None: MAX_LENGTH), which is at most
+    the model's positions. UserError: no such model, or one without a tokenizer."""
+    model, tokenizer = load_pretrained(path, torch.float32, device)
+    if tokenizer is None:
+        raise UserError(f"{path}: the folder holds no tokenizer")
+    return model, tokenizer, min(max_length or MAX_LENGTH, model.config.max_positions)
+
+
 def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
-          batch_size: int = 128) -> Scores:
+          batch_size: int = BATCH_SIZE) -> Scores:
     """Of a task's split, or of at most `max_eval` of its examples."""
     examples = getattr(task, split)
     if max_eval is not None and max_eval < len(examples):
@@ -108,12 +120,14 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--task", help=f"with --model: {', '.join(TASKS)}")
     for name, options in OPTIONS.items():
         what.add_argument(flag(name), **options)
-    what.add_argument("--max-length", type=int, help="with --model: tokens of an example (256)")
+    what.add_argument("--max-length", type=int,
+                      help=f"with --model: tokens of an example ({MAX_LENGTH})")
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
-    how.add_argument("--batch-size", type=int, default=128, help="changes the speed only (128)")
+    how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
+                     help=f"changes the speed only ({BATCH_SIZE})")
     how.add_argument("--predictions", metavar="FILE", type=Path,
-                     help="write prompt, output, answer and gold of every item, as JSON lines")
+                     help="write what each item got, as JSON lines")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
     how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
@@ -140,9 +154,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = args if args.run is None else read_run(args.run)
-    model, tokenizer = load_pretrained(run.model, torch.float32, args.device)
-    if tokenizer is None:
-        raise UserError(f"{run.model}: the folder holds no tokenizer")
+    model, tokenizer, max_length = open_model(run.model, args.device, run.max_length)
     if args.prompt is not None:
         before = answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)
@@ -150,11 +162,12 @@ def main(argv: list[str] | None = None) -> None:
             load(model, Path(args.run) / "adapter.safetensors")
             print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
-    max_length = min(256 if run.max_length is None else run.max_length, model.config.max_positions)
     options = {name: getattr(run, name) for name in OPTIONS}
     if args.beams is not None:
         options["beams"] = args.beams
     task = load_task(run.task, tokenizer, max_length, **options)
+    if args.predictions is not None and not isinstance(task.test[0], Example):
+        raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
         load(model, Path(args.run) / "adapter.safetensors")
     max_eval = run.max_eval if args.max_eval is None else args.max_eval

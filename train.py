@@ -28,11 +28,10 @@ from tqdm import tqdm
 
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
                     flag, nearest)
-from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
 from data.world import VERSION
-from eval import read_run, score
+from eval import BATCH_SIZE, MAX_LENGTH, open_model, read_run, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
 
@@ -88,7 +87,7 @@ def parse(argv: list[str] | None) -> Namespace:
     loop.add_argument("--epochs", type=float, help="instead of --steps")
     loop.add_argument("--batch-size", type=int, help="examples an optimizer step (per task)")
     loop.add_argument("--grad-accum", type=int, help="micro-batches that a batch is cut into (1)")
-    loop.add_argument("--max-length", type=int, help="tokens of an example (256)")
+    loop.add_argument("--max-length", type=int, help=f"tokens of an example ({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
     loop.add_argument("--seed", type=int, help="of the adapters, the data order, dropout (0)")
     loop.add_argument("--device", type=device, help="cpu, cuda, cuda:1 (a GPU if there is one)")
@@ -96,7 +95,7 @@ def parse(argv: list[str] | None) -> Namespace:
     run.add_argument("--eval-every", type=int, help="steps between validations (a quarter)")
     run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
     run.add_argument("--eval-batch-size", type=int, help="texts, or beams of them, scored at once: "
-                                                         "speed and memory only (128)")
+                                                         f"speed and memory only ({BATCH_SIZE})")
     run.add_argument("--save-every", type=int, help="steps between checkpoints (100)")
     run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
@@ -146,8 +145,8 @@ def resolve(args: Namespace) -> None:
     """Fills in all that depends on neither the model nor the task."""
     method = METHODS[args.method]
     fill(args, {"model": str(ROOT / "data" / "base"), "task": "facts",
-                "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1, "max_length": 256,
-                "seed": 0, "save_every": 100, "eval_batch_size": 128,
+                "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1,
+                "seed": 0, "save_every": 100, "eval_batch_size": BATCH_SIZE,
                 "device": default_device()})
     if method.layer is not None:
         fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
@@ -395,10 +394,7 @@ def main(argv: list[str] | None = None) -> None:
         resolve(args)
         args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     start = time.time()
-    model, tokenizer = load_pretrained(args.model, torch.float32, args.device)
-    if tokenizer is None:
-        raise UserError(f"{args.model}: the folder holds no tokenizer")
-    args.max_length = min(args.max_length, model.config.max_positions)
+    model, tokenizer, args.max_length = open_model(args.model, args.device, args.max_length)
     task = load_task(args.task, tokenizer, args.max_length,
                      **{name: getattr(args, name) for name in OPTIONS})
     resolve_task(args, task)

@@ -311,6 +311,9 @@ def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
     flags = ["--method", "lora", "--task", "text", "--data", "t.txt"]
     assert "--max-length 1" in refused(capsys, *flags, "--max-length", "1")
     assert "--loss-on answer" in refused(capsys, *flags, "--loss-on", "answer")
+    assert "--predictions: task text" in refused(
+        capsys, "--model", str(train.ROOT / "data" / "base"), "--task", "text", "--data", "t.txt",
+        "--predictions", "out.jsonl", main=evaluation.main)
     assert os.listdir() == ["t.txt"]
 
 
