@@ -2,8 +2,8 @@
 
     python train.py --method dora --model PATH --task commonsense --data-dir DIR --rank 32 \\
         --lr 1e-4 --loss-on all --dropout 0.05 --warmup 100 --batch-size 16 --epochs 3
-is DoRA's recipe, its learning rate that for LLaMA-7B and LLaMA3-8B. The papers' code (LLM-Adapters)
-takes the loss on prompt and answer, the default here on the answer alone.
+This is DoRA's recipe, with its learning rate for LLaMA-7B and LLaMA3-8B. The papers' code
+(LLM-Adapters) takes the loss on prompt and answer; the default here is the answer alone.
 DIR/<set>/test.json, and for training DIR/commonsense_170k.json or every DIR/<set>/train.json there
 is: lists of {"instruction", "input", "output": "the correct answer is answer2", "answer":
 "answer2"}. Missing sets are named and left out of the average. Each set gets three numbers:

@@ -18,7 +18,9 @@ The libraries are imported where they are used: together they take a second.
 """
 import math
 from collections import Counter
+from functools import cache, lru_cache
 from types import SimpleNamespace
+from typing import Callable
 
 PUNCTUATION = set("'`\"()[]{}.?!,:;-\\")
 Words = list[str]
@@ -28,23 +30,31 @@ def text_scores(outputs: list[str], references: list[tuple[str, ...]]) -> dict[s
     """Metric -> value, of one output and its references for each item; no meteor: see above."""
     tokens = [mteval_tokens(text) for text in outputs]
     token_refs = [[mteval_tokens(text) for text in texts] for texts in references]
-    words = [caption_words(text) for text in tokens]
-    word_refs = [[caption_words(text) for text in texts] for texts in token_refs]
+    words = [caption_words(text) for text in outputs]
+    word_refs = [[caption_words(text) for text in texts] for texts in references]
     scores = {"bleu": bleu(outputs, references), "nist": nist(tokens, token_refs),
               "meteor": meteor(words, word_refs), "rouge_l": rouge_l(words, word_refs),
               "cider": cider(words, word_refs)}
     return {name: score for name, score in scores.items() if score is not None}
 
 
-def mteval_tokens(text: str) -> Words:
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-    return Tokenizer13a()(text.lower()).split()
-
-
-def caption_words(tokens: Words) -> Words:
-    """mteval's tokens cut further ("isn't": is, n't), those of punctuation alone left out."""
+@cache
+def tokenizers() -> tuple[Callable, Callable]:
     from nltk.tokenize import TreebankWordTokenizer
-    return [word for word in TreebankWordTokenizer().tokenize(" ".join(tokens))
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+    return Tokenizer13a(), TreebankWordTokenizer().tokenize
+
+
+# References come back at every scoring, 9,365 of them in E2E; outputs are few beside them.
+@lru_cache(maxsize=2 ** 14)
+def mteval_tokens(text: str) -> Words:
+    return tokenizers()[0](text.lower()).split()
+
+
+@lru_cache(maxsize=2 ** 14)
+def caption_words(text: str) -> Words:
+    """mteval's tokens cut further ("isn't": is, n't), those of punctuation alone left out."""
+    return [word for word in tokenizers()[1](" ".join(mteval_tokens(text)))
             if not set(word) <= PUNCTUATION]
 
 
