@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora import AdapterLinear
 from methods import adapters, inject
 
 # our parameter -> peft's
@@ -34,6 +35,16 @@ def gradients(layer, forward, x, g):
     y = forward(x)
     y.backward(g)
     return [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters(recurse=False))]
+
+
+def assert_follows(layer, naive, x, g):
+    """Asserts that the layer, and its merged weight, give the output and all gradients of
+    naive(layer, x), the definition in plain autograd; returns these."""
+    right = gradients(layer, lambda x: naive(layer, x), x, g)
+    for forward in (layer, lambda x: AdapterLinear.forward(layer, x)):
+        for mine, expected in zip(gradients(layer, forward, x, g), right):
+            assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12 * g.abs().max().item())
+    return right
 
 
 def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, **hyper):

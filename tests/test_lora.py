@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import parity
 from common import UserError
 from lora import AdapterLinear, LoRALinear
+from parity import gradients
 
 
 def filled(base, rank=4, alpha=8.0, **kwargs):
@@ -28,13 +28,11 @@ def test_a_hand_worked_2x2_layer_gives_these_numbers():
     # 3 B A = 3 [[1, 2], [-1, -2]] = [[3, 6], [-3, -6]];  W' = [[4, 6], [-3, -5]]
     assert layer.delta_weight().tolist() == [[3, 6], [-3, -6]]
     assert layer.merged_weight().tolist() == [[4, 6], [-3, -5]]
-    x = torch.tensor([1., 1.], requires_grad=True)
-    y = layer(x)                                               # [4 + 6 + 10, -3 - 5 + 20]
-    assert y.tolist() == [20, 12]
-    y.backward(torch.tensor([1., 2.]))                         # g = [1, 2]
-    assert layer.B.grad.tolist() == [[9], [18]]                # 3 g (A x)' = 3 [1, 2] * 3
-    assert layer.A.grad.tolist() == [[-3, -3]]                 # 3 (B' g) x' = 3 (1 - 2) [1, 1]
-    assert x.grad.tolist() == [-2, -4]                         # g W' = [4 - 6, 6 - 10]
+    y, dx, dA, dB = gradients(layer, layer, torch.tensor([1., 1.]), torch.tensor([1., 2.]))
+    assert y.tolist() == [4 + 6 + 10, -3 - 5 + 20]
+    assert dB.tolist() == [[9], [18]]                          # 3 g (A x)' = 3 [1, 2] * 3
+    assert dA.tolist() == [[-3, -3]]                           # 3 (B' g) x' = 3 (1 - 2) [1, 1]
+    assert dx.tolist() == [-2, -4]                             # g W' = [4 - 6, 6 - 10]
 
 
 def test_a_starts_uniform_within_one_over_the_root_of_in_and_b_at_zero():
@@ -100,13 +98,3 @@ def test_a_method_needs_only_delta_weight():
     x = torch.ones(4, 3)
     assert torch.allclose(layer(x), layer.base(x) + 6)
     assert Shift.extra_loss([layer]) == 0 and Shift.on_step([layer], 0, 10) is None
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_it_trains_as_peft_does_in_float64(dropout):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v"], lora_dropout=dropout,
-                             init_lora_weights=False)
-    for _ in parity.trains_as_peft_does(config, parity.LORA, "lora", rank=3, alpha=5,
-                                        dropout=dropout):
-        pass

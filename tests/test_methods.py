@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import parity
 from common import UserError
 from methods import METHODS, adapters, inject, load, merge, param_groups, save, unmerge
 from model import Config, Transformer
+from train import contract
 
 ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -63,25 +65,16 @@ def data(n=16):
             torch.randint(11, (n,), generator=generator))
 
 
-def contract(model):
-    """The method's class and its layers, as the training loop sees them."""
-    layers = list(adapters(model).values())
-    return (type(layers[0]) if layers else None), layers
-
-
 def train(model, steps=STEPS, lr=0.01):
     """The loop of train.py: backward, step, on_step, zero_grad."""
     method, layers = contract(model)
     optimizer = torch.optim.AdamW(param_groups(model, lr))
     tokens, targets = data()
     for step in range(steps):
-        loss = F.cross_entropy(model(tokens).float(), targets)
-        if method is not None:
-            loss = loss + method.extra_loss(layers)
+        loss = F.cross_entropy(model(tokens).float(), targets) + method.extra_loss(layers)
         loss.backward()
         optimizer.step()
-        if method is not None:
-            method.on_step(layers, step, steps)
+        method.on_step(layers, step, steps)
         optimizer.zero_grad()
     return model
 
@@ -238,6 +231,19 @@ def test_every_trainable_parameter_moves_within_a_few_steps(method):
         assert not p.requires_grad or not torch.equal(p, start[name]), name
 
 
+@pytest.mark.parametrize("method", ADAPTED)
+def test_on_step_fills_buffers_in_place(method):
+    model = injected(method)
+    start, before = snapshot(model), dict(model.named_buffers())
+    places = {name: buffer.data_ptr() for name, buffer in before.items()}
+    train(model)
+    after = dict(model.named_buffers())
+    assert after.keys() == before.keys() and all(after[name] is before[name] for name in after)
+    assert places == {name: buffer.data_ptr() for name, buffer in after.items()}
+    for name in start.keys() & after.keys():        # what the state holds, on_step has filled
+        assert not torch.equal(after[name], start[name]), name
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_layers_learn(method):
     tokens, targets = data()
@@ -303,14 +309,6 @@ def test_adapters_stay_float32_on_any_base_and_train_with_and_without_autocast(m
     train(model, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         train(model, 3)
-
-
-@pytest.mark.parametrize("method", ADAPTED)
-def test_a_meta_model_can_be_injected_and_counted(method):
-    with torch.device("meta"):
-        model = Net()
-    inject(model, method, ["q", "v"], rank=4)
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
 
 
 SHAPES = {"LLaMA-7B": Config(32000, 4096, 32, 32, 32, 128, 11008, 2048, tied=False),
@@ -521,6 +519,17 @@ def test_a_ratio_that_nothing_would_use_is_refused():
         param_groups(injected("full"), 0.01, lr_ratio=4)
     with pytest.raises(UserError, match="lr_ratio"):
         param_groups(injected("adalora"), 0.01, lr_ratio=4)
+
+
+# ---- beside peft
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("method, names", [("lora", parity.LORA), ("dora", parity.DORA)])
+def test_it_trains_as_peft_does_in_float64(method, names, dropout):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q", "v"], lora_dropout=dropout,
+                             init_lora_weights=False, use_dora=method == "dora")
+    for _ in parity.trains_as_peft_does(config, names, method, rank=3, alpha=5, dropout=dropout):
+        pass
 
 
 # ---- models that are not ours
