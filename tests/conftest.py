@@ -1,5 +1,18 @@
+from pathlib import Path
+
 import pytest
 import torch
+
+from convert import load_pretrained
+
+BASE = Path(__file__).parents[1] / "data" / "base"
+SHARED = Path(__file__).parents[2] / "shared" / "data"      # public files, where they are
+
+
+@pytest.fixture(scope="session")
+def base():
+    """-> the model that ships and its tokenizer, read once: whoever changes one loads its own."""
+    return load_pretrained(BASE)
 
 
 @pytest.fixture(autouse=True)

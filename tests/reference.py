@@ -13,7 +13,6 @@ import convert
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 VOCAB = 97
 SMALL = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,

@@ -6,14 +6,14 @@ import torch
 
 import train
 from common import UserError
+from conftest import BASE, SHARED
 from convert import load_pretrained
 from data import load_task
 from data.commonsense import SETS, average, example, extract, option_texts, read_rows
 from eval import score
 from methods import adapters, inject, merge
 
-BASE = Path(__file__).parents[1] / "data" / "base"
-REAL = Path(__file__).parents[2] / "shared" / "data" / "commonsense"
+REAL = SHARED / "commonsense"
 FOUR = ("answer1", "answer2", "answer3", "answer4")
 FIVE = (*FOUR, "answer5")
 TRUTH, TWO, ENDS = ("true", "false"), ("solution1", "solution2"), ("ending1", "ending2", "ending3")
@@ -125,7 +125,7 @@ def test_the_input_of_a_row_stands_before_the_answer_format():
 
 
 def test_a_row_becomes_a_prompt_a_target_and_a_choice_for_each_label():
-    e = example(row("Which?", TWO, "solution2", ["a\nb", "c: d"]), "<{instruction}>", "PIQA", "here")
+    e = example(row("Which?", TWO, "solution2", ["a\nb", "c: d"]), "<{instruction}>", "PIQA", "")
     assert e.prompt == ("<Which?\n\nSolution1: a\nb Solution2: c: d\n\n"
                         "Answer format: solution1/solution2>")
     assert e.target == " the correct answer is solution2" and e.group == "PIQA"
@@ -143,19 +143,15 @@ def folder_of(path, sets, train=("boolq",), rows=20):
     return str(path)
 
 
-@pytest.fixture(scope="module")
-def base():
-    return load_pretrained(BASE)
-
-
 def test_missing_sets_are_named_and_the_average_says_how_many_it_covers(base, tmp_path):
     model, tokenizer = base
     task = load_task("commonsense", tokenizer, 128, data_dir=folder_of(tmp_path, ["boolq", "piqa"]))
     assert "hellaswag" in task.notes["missing"] and "boolq" not in task.notes["missing"]
     assert (len(task.train), len(task.valid), len(task.test)) == (18, 2, 40)
     scores = score(model, tokenizer, task)
-    assert set(scores.values) == {f"{kind}/{name}" for kind in ("accuracy", "likelihood", "unparsed")
-                                  for name in ("BoolQ", "PIQA", "Avg. of 2")}
+    assert set(scores.values) == {
+        f"{kind}/{name}" for kind in ("accuracy", "likelihood", "unparsed")
+        for name in ("BoolQ", "PIQA", "Avg. of 2")}
     assert scores.counts["accuracy/BoolQ"] == 20 and "unparsed/BoolQ" not in scores.counts
     assert scores.values["likelihood/Avg. of 2"] == pytest.approx(
         (scores.values["likelihood/BoolQ"] + scores.values["likelihood/PIQA"]) / 2)

@@ -347,10 +347,8 @@ def test_generation_config_may_be_absent(folder):
     assert (config.bos, config.eos, config.pad) == (None, [5, 6], None)
 
 
-def test_the_model_that_ships_is_read():
-    if not (ROOT / "data" / "base" / "config.json").exists():
-        pytest.skip("data/base is not there")
-    ours, tokenizer = load_pretrained(ROOT / "data" / "base")
+def test_the_model_that_ships_is_read(base):
+    ours, tokenizer = base
     text = "Where"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     new, = generate(ours, [[tokenizer.bos, *tokenizer.encode(text)]], 8)

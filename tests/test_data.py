@@ -1,11 +1,11 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from common import UserError
+from conftest import BASE
 from convert import load_pretrained
 from data import load_task
 from data.task import (Example, Sequence, choice_losses, collate, encode, encode_all,
@@ -13,13 +13,6 @@ from data.task import (Example, Sequence, choice_losses, collate, encode, encode
 from data.world import World, cloze
 from eval import sample
 from generate import generate
-
-BASE = Path(__file__).parents[1] / "data" / "base"
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_pretrained(BASE)
 
 
 def test_an_example_is_bos_prompt_target_eos_and_the_loss_counts_the_answer(base):

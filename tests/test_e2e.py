@@ -8,20 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from common import UserError
-from convert import load_pretrained
+from conftest import BASE, SHARED
 from data import e2e, load_task
 from data.e2e import normal_form, read_csv, read_txt
 from data.task import Example
 from data.text_metrics import bleu, caption_words, cider, meteor, nist, rouge_l, text_scores
 
-ROOT = Path(__file__).parents[1]
-REAL = ROOT.parent / "shared" / "data" / "e2e"
+REAL = SHARED / "e2e"
 with_real_files = pytest.mark.skipif(not REAL.exists(), reason="needs the E2E files")
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_pretrained(ROOT / "data" / "base")
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +139,8 @@ def test_scores_of_odd_texts_are_finite(outputs, references):
 
 def test_the_metric_libraries_are_imported_only_where_they_are_used():
     code = "import sys, data; print({'nltk', 'sacrebleu', 'rouge_score'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=BASE.parents[1],
+                          capture_output=True, text=True)
     assert done.stdout == "set()\n"
 
 

@@ -6,20 +6,14 @@ import pytest
 import torch
 from scipy import stats
 
-import eval as evaluation
 import train
 from common import UserError
-from convert import load_pretrained
+from conftest import SHARED
 from data import TASKS, glue, load_task, options_of
 from data.task import choice_losses
+from runs import assert_eval_repeats, result_of
 
-BASE = Path(__file__).parents[1] / "data" / "base"
-REAL = Path(__file__).parents[2] / "shared" / "data" / "glue"
-
-
-@pytest.fixture(scope="module")
-def base():
-    return load_pretrained(BASE)
+REAL = SHARED / "glue"
 
 
 def write(folder: Path, name: str, *rows: str, end: str = "\n", start: str = "") -> None:
@@ -28,8 +22,8 @@ def write(folder: Path, name: str, *rows: str, end: str = "\n", start: str = "")
     (folder / name).write_bytes(text.encode("utf-8"))
 
 
-def read(name: str, folder: Path, tokenizer=None):
-    return load_task(f"glue/{name}", tokenizer, 256, data_dir=str(folder))
+def read(name: str, folder: Path):
+    return load_task(f"glue/{name}", None, 256, data_dir=str(folder))
 
 
 def texts(examples: list) -> list[tuple[str, str]]:
@@ -228,6 +222,19 @@ def test_raw_stsb_with_another_number_of_columns_is_named_with_how_many_more(tmp
         read("stsb", tmp_path)
 
 
+def test_a_line_in_a_thousand_may_be_broken_as_in_glue_s_own_qqp(tmp_path, capsys):
+    glue_folder(tmp_path, "qqp")
+    header, *rows = LAYOUTS["qqp"]
+    broken = [header, *rows * 250, "|Was it so?|0"]
+    write(tmp_path, "train.tsv", *broken, *rows * 250)
+    task = read("qqp", tmp_path)
+    assert len(task.train) + len(task.valid) == 1000
+    assert "train.tsv:502: 3 columns instead of 6" in capsys.readouterr().err
+    write(tmp_path, "train.tsv", *broken)
+    with pytest.raises(UserError, match=r"train\.tsv:502"):
+        read("qqp", tmp_path)
+
+
 def test_another_sets_file_is_told_by_its_header(tmp_path):
     glue_folder(tmp_path, "qnli")
     with pytest.raises(UserError, match=r"train\.tsv:1: no column 'sentence1'.*index, question"):
@@ -258,7 +265,7 @@ def test_too_few_rows_are_an_error(rows, said, tmp_path):
 
 def test_a_choice_is_the_likeliest_and_the_metrics_are_of_these(base, tmp_path):
     model, tokenizer = base
-    task = read("mrpc", glue_folder(tmp_path, "mrpc"), tokenizer)
+    task = read("mrpc", glue_folder(tmp_path, "mrpc"))
     scores = task.score(model, tokenizer, task.test, 4)
     losses = choice_losses(model, tokenizer, task.test, 4, 256)
     answers = [e.choices[0 if no <= yes else 1] for e, (no, yes) in zip(task.test, losses)]
@@ -270,29 +277,27 @@ def test_a_choice_is_the_likeliest_and_the_metrics_are_of_these(base, tmp_path):
     assert list(scores.values) == ["accuracy", "f1"]
 
 
-def test_mnli_has_an_accuracy_for_each_dev_file(base, tmp_path, monkeypatch):
-    model, tokenizer = base
-    task = read("mnli", glue_folder(tmp_path, "mnli"), tokenizer)
+def test_mnli_has_an_accuracy_for_each_dev_file(tmp_path, monkeypatch):
+    task = read("mnli", glue_folder(tmp_path, "mnli"))
     sure = [[0.0, 1, 1], [1, 0.0, 1], [1, 1, 0.0], [1, 0.0, 1], [0.0, 1, 1], [1, 1, 0.0]]
     monkeypatch.setattr(glue, "choice_losses", lambda *_: sure)
-    scores = task.score(model, tokenizer, task.test, 4)
+    scores = task.score(None, None, task.test, 4)
     assert scores.values == {"accuracy_matched": 1, "accuracy_mismatched": 1 / 3}
     assert scores.counts == {"accuracy_matched": 3, "accuracy_mismatched": 3}
     assert [row["group"] for row in scores.predictions] == ["matched"] * 3 + ["mismatched"] * 3
-    assert list(task.score(model, tokenizer, task.valid, 4).values) == ["accuracy"]
+    assert list(task.score(None, None, task.valid, 4).values) == ["accuracy"]
 
 
-def test_stsb_predicts_the_expected_score(base, tmp_path, monkeypatch):
-    model, tokenizer = base
-    task = read("stsb", glue_folder(tmp_path, "stsb"), tokenizer)
+def test_stsb_predicts_the_expected_score(tmp_path, monkeypatch):
+    task = read("stsb", glue_folder(tmp_path, "stsb"))
     flat, half = [1.0] * 6, [0.0, 99, 99, 99, 99, 0.0]              # both expect 2.5
     monkeypatch.setattr(glue, "choice_losses", lambda *_: [flat, half] * 3)
-    scores = task.score(model, tokenizer, task.test, 4)
+    scores = task.score(None, None, task.test, 4)
     assert [row["answer"] for row in scores.predictions] == pytest.approx([2.5] * 6)
     assert [row["gold"] for row in scores.predictions] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     sure = [[99.0 * (i != k) for i in range(6)] for k in (1, 0, 3, 2, 5, 4)]
     monkeypatch.setattr(glue, "choice_losses", lambda *_: sure)
-    scores = task.score(model, tokenizer, task.test, 4)
+    scores = task.score(None, None, task.test, 4)
     # of gold 0..5: sum of squares 17.5; each swap of neighbours takes 1 from the sum of products
     assert scores.values == pytest.approx({"pearson": 14.5 / 17.5, "spearman": 14.5 / 17.5})
     assert scores.counts == {}
@@ -301,7 +306,7 @@ def test_stsb_predicts_the_expected_score(base, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cola", "stsb"])
 def test_scores_do_not_depend_on_the_batch_size(name, base, tmp_path):
     model, tokenizer = base
-    task = read(name, glue_folder(tmp_path, name), tokenizer)
+    task = read(name, glue_folder(tmp_path, name))
     one, many = (task.score(model, tokenizer, task.train, size) for size in (1, 64))
     assert one.values == pytest.approx(many.values, abs=1e-6) and one.counts == many.counts
     for a, b in zip(one.predictions, many.predictions):
@@ -319,13 +324,10 @@ def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, t
         write(tmp_path, file, *([] if header is None else [header]), *rows)
     train.main(["--method", "lora", "--task", f"glue/{name}", "--data-dir", ".", "--steps", "20",
                 "--lr", "0.01", "--out", "run"])
-    result = json.loads(Path("run/result.json").read_text())
+    result = result_of("run")
     assert set(result["before"]) == set(result["after"]) == metrics
     assert all(result["after"][metric] > 0.9 for metric in metrics), result["after"]
-    capsys.readouterr()
-    evaluation.main(["--run", "run", "--predictions", "out.jsonl"])
-    shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    assert shown == {metric: f"{value:.4f}" for metric, value in result["after"].items()}
+    assert_eval_repeats(capsys, "--predictions", "out.jsonl")
     lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[0].keys() == {"group", "prompt", "answer", "gold"}
 
@@ -343,18 +345,3 @@ def test_the_real_sets_are_read_whole(name, folder, sizes):
     else:
         assert any('"' in e.prompt for e in task.test)
         assert {e.target for e in task.train} == set(task.train[0].choices)
-
-
-def test_a_line_in_a_thousand_may_be_broken_as_in_glue_s_own_qqp(base, tmp_path, capsys):
-    _, tokenizer = base
-    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"
-    lines = [header, *(f"{i}\t1\t2\tWho is {i}?\tWhat is {i}?\t{i % 2}" for i in range(1000))]
-    broken = [*lines[:500], "\tWas it so?\t0", *lines[500:]]
-    (tmp_path / "train.tsv").write_text("\n".join(broken) + "\n")
-    (tmp_path / "dev.tsv").write_text("\n".join(lines[:9]) + "\n")
-    task = load_task("glue/qqp", tokenizer, 128, data_dir=str(tmp_path))
-    assert len(task.train) + len(task.valid) == 1000
-    assert "train.tsv:501: 3 columns instead of 6" in capsys.readouterr().err
-    (tmp_path / "train.tsv").write_text("\n".join(broken[:600]) + "\n")
-    with pytest.raises(UserError, match="train.tsv:501"):
-        load_task("glue/qqp", tokenizer, 128, data_dir=str(tmp_path))

@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from conftest import SHARED
 from convert import load_pretrained
 from model import Config, Transformer, generate, rope_frequencies, rotate
-from reference import CONFIGS, LLAMA3_ROPE, SHARED, VOCAB, checkpoint, random_model, some_tokens
+from reference import CONFIGS, LLAMA3_ROPE, VOCAB, checkpoint, random_model, some_tokens
 
 families = pytest.mark.parametrize("family", CONFIGS)
 

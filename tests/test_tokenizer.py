@@ -10,7 +10,6 @@ import shutil
 import sys
 import unicodedata
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -26,9 +25,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 import tokenizer as ours
 from common import UserError
+from conftest import SHARED
 from tokenizer import load_tokenizer, save_ranks, train_bpe
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is not here")
 
 CORPUS = ("The mayor's house isn't far; they'll say it's 12345 steps, I'VE counted.\n\n"

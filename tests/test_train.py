@@ -7,11 +7,12 @@ import torch
 
 import eval as evaluation
 import train
+from conftest import BASE
 from convert import load_pretrained
-from data import load_task
 from data.task import Scores
 from data.world import VERSION
 from methods import METHODS, inject, load
+from runs import assert_eval_repeats, result_of
 from train import batch_at, lr_factor, slices
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
@@ -21,18 +22,6 @@ SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every"
 def empty_folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-
-def result_of(folder: str) -> dict:
-    return json.loads(Path(folder, "result.json").read_text())
-
-
-def assert_eval_repeats(result: dict, capsys) -> None:
-    """eval.py, run on its own, prints the score that the run stored."""
-    capsys.readouterr()
-    evaluation.main(["--run", "run"])
-    shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
-    assert shown == {name: f"{value:.4f}" for name, value in result["after"].items()}
 
 
 def refused(capsys, *flags: str, main=train.main) -> str:
@@ -93,7 +82,7 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsy
     assert "valid" in lines[2] and "valid" not in lines[3]
     torch.load("run/checkpoint.pt", weights_only=True)
 
-    assert_eval_repeats(result, capsys)
+    assert_eval_repeats(capsys)
 
 
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
@@ -110,15 +99,15 @@ def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, 
     train.main(["--method", method, *items, "--steps", "20", "--batch-size", "24"])
     result = result_of("run")
     assert result["after"]["loss"] < 0.8 * result["before"]["loss"]
-    assert_eval_repeats(result, capsys)
+    assert_eval_repeats(capsys)
     evaluation.main(["--run", "run", "--prompt", "Item 3 weighs", "--max-new-tokens", "8"])
     before, after = capsys.readouterr().out.splitlines()
-    assert before.removeprefix("before:") != after.removeprefix("after: ")
+    assert before.startswith("before:") and after.startswith("after: ")
     assert "stones" in after and "stones" not in before
 
 
 def test_eval_writes_every_prediction_and_prints_each_share_with_its_interval(capsys):
-    evaluation.main(["--model", str(train.ROOT / "data" / "base"), "--task", "facts",
+    evaluation.main(["--model", str(BASE), "--task", "facts",
                      "--max-eval", "30", "--predictions", "out.jsonl"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "facts: 30 test items"
@@ -137,8 +126,9 @@ def test_a_confidence_interval_by_hand():
 
 
 def test_metrics_of_several_sets_become_a_table(capsys):
-    evaluation.print_scores(Scores({"loss": 1.5, "accuracy/A": 0.5, "accuracy/Avg.": 0.25,
-                                    "unparsed/A": 0.1, "unparsed/Avg.": 0.2}, {"accuracy/A": 10}, []))
+    values = {"loss": 1.5, "accuracy/A": 0.5, "accuracy/Avg.": 0.25, "unparsed/A": 0.1,
+              "unparsed/Avg.": 0.2}
+    evaluation.print_scores(Scores(values, {"accuracy/A": 10}, []))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [["loss", "1.5000"], ["A", "Avg."], ["accuracy", "0.5000", "0.2500"],
                      ["95", "%", "within", "+-0.2634"], ["unparsed", "0.1000", "0.2000"]]
@@ -146,15 +136,15 @@ def test_metrics_of_several_sets_become_a_table(capsys):
 
 def test_two_steps_equal_adamw_by_hand(items):
     """Clipping at norm 1, weight decay, the schedule, and LoRA+'s two rates are really applied."""
-    train.main(["--method", "lora+", *items, "--steps", "2", "--batch-size", "4", "--warmup", "1",
+    train.main(["--method", "lora+", *items, "--steps", "2", "--batch-size", "4", "--warmup", "2",
                 "--lr", "0.01", "--lr-ratio", "3", "--weight-decay", "0.5"])
-    model, tokenizer = load_pretrained(train.ROOT / "data" / "base")
+    model, tokenizer = load_pretrained(BASE)
     torch.manual_seed(0)
     inject(model, "lora+", ["q", "k", "v", "up", "down"], 8, 16.0)
     slow = [p for name, p in model.named_parameters() if name.endswith(".A")]
     fast = [p for name, p in model.named_parameters() if name.endswith(".B")]
     adam = torch.optim.AdamW([{"params": slow}, {"params": fast}], lr=0.0, weight_decay=0.5)
-    for step, factor in enumerate((1.0, 1.0)):          # warm-up ends at once; then (2 - 1)/(2 - 1)
+    for step, factor in enumerate((0.5, 1.0)):          # two steps of warm-up
         batch = [ITEMS[i] for i in batch_at(step, 24, 4, seed=0)]
         total, count = 0.0, 0
         for row in batch:
@@ -170,26 +160,18 @@ def test_two_steps_equal_adamw_by_hand(items):
         adam.param_groups[0]["lr"], adam.param_groups[1]["lr"] = 0.01 * factor, 0.03 * factor
         adam.step()
         adam.zero_grad()
-    trained = load_pretrained(train.ROOT / "data" / "base")[0]
+    trained = load_pretrained(BASE)[0]
     load(trained, "run/adapter.safetensors")
     for (name, ours), theirs in zip(model.named_parameters(), trained.parameters()):
         assert torch.allclose(ours, theirs, atol=1e-5), name
 
 
-def test_validation_during_the_run_uses_the_validation_split(items):
-    train.main(["--method", "lora", *items, "--steps", "4", "--batch-size", "4",
-                "--eval-every", "2"])
-    logged = json.loads(Path("run/log.jsonl").read_text().splitlines()[1])["valid"]
-    result = result_of("run")
-    # the model went on learning after step 2, so compare at step 2 by a run that ends there
-    model, tokenizer = load_pretrained(train.ROOT / "data" / "base")
-    task = load_task("jsonl", tokenizer, 256, data="items.jsonl")
-    before = evaluation.score(model, tokenizer, task, split="valid").values
-    assert before["loss"] != pytest.approx(result["before"]["loss"], rel=1e-6)
-    load(model, "run/adapter.safetensors")
-    after = evaluation.score(model, tokenizer, task, split="valid").values
-    assert after["loss"] == pytest.approx(result["valid"]["loss"], rel=1e-6)
-    assert min(before["loss"], after["loss"]) < logged["loss"] < max(before["loss"], after["loss"])
+def test_validation_uses_the_validation_split_and_the_scores_beside_it_the_test_split(
+        items, monkeypatch):
+    asked, real = [], train.score
+    monkeypatch.setattr(train, "score", lambda *args: asked.append(args[4]) or real(*args))
+    train.main(["--method", "lora", *items, "--steps", "4", "--eval-every", "2"])
+    assert asked == ["test", "valid", "test", "valid"]      # before, step 2, after, at the end
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -240,14 +222,6 @@ def test_plain_text_is_learnt_by_next_token_loss():
     result = result_of("run")
     assert result["loss_on"] == "all"
     assert result["after"]["perplexity"] < 0.5 * result["before"]["perplexity"]
-
-
-def test_the_answer_before_and_after_is_shown(capsys):
-    train.main(["--method", "full", "--out", "run", *SHORT])
-    capsys.readouterr()
-    evaluation.main(["--run", "run", "--prompt", "Question: Where does", "--max-new-tokens", "5"])
-    before, after = capsys.readouterr().out.splitlines()
-    assert before.startswith("before:") and after.startswith("after:")
 
 
 def test_default_folders_never_collide():
@@ -312,7 +286,7 @@ def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
     assert "--max-length 1" in refused(capsys, *flags, "--max-length", "1")
     assert "--loss-on answer" in refused(capsys, *flags, "--loss-on", "answer")
     assert "--predictions: task text" in refused(
-        capsys, "--model", str(train.ROOT / "data" / "base"), "--task", "text", "--data", "t.txt",
+        capsys, "--model", str(BASE), "--task", "text", "--data", "t.txt",
         "--predictions", "out.jsonl", main=evaluation.main)
     assert os.listdir() == ["t.txt"]
 
