@@ -23,8 +23,7 @@ from data.task import Example, Scores, Task, evenly, opening
 from generate import generate
 from methods import load
 
-
-MAX_LENGTH, BATCH_SIZE = 256, 128
+MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
 
 
 def open_model(path: str, device: str, max_length: int | None):
@@ -46,8 +45,7 @@ def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str 
 
 
 def sample(examples: list, n: int) -> list:
-    """At most n examples, as many of each group as it has and its share allows, evenly spread
-    over it; one of each group, though n be smaller than that."""
+    """n examples, as many of each group where it has them, evenly spread (at least one of each)."""
     groups = defaultdict(list)
     for example in examples:
         groups[getattr(example, "group", "")].append(example)

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
-from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_choices,
-                       encode_prompt, read_text, shares, spread, write)
+from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_prompt,
+                       encode_targets, read_text, shares, spread, write)
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
@@ -172,7 +172,7 @@ class Choices(Task):
 
     def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
         return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens),
-                *encode_choices(example, tokenizer, model, self.max_length)]
+                *encode_targets(example.prompt, example.choices, tokenizer, self.max_length)]
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,

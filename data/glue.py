@@ -23,7 +23,7 @@ from typing import Callable, NamedTuple, Sequence
 import torch
 
 from common import UserError
-from data.task import Example, Scores, Task, choice_losses, encode_choices, numbered_lines, spread
+from data.task import Example, Scores, Task, choice_losses, encode_targets, numbered_lines, spread
 
 
 # ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
@@ -147,7 +147,7 @@ def expected_score(losses: list[float], scores: list[float]) -> float:
 
 class Glue(Task):
     def sequences(self, example: Example, tokenizer, model) -> list:
-        return encode_choices(example, tokenizer, model, self.max_length)
+        return encode_targets(example.prompt, example.choices, tokenizer, self.max_length)
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         """The set's official metrics, of each group (MNLI's two dev files) on its own."""

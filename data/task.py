@@ -59,9 +59,9 @@ class Task:
         raise NotImplementedError
 
     def sequences(self, example, tokenizer, model) -> list[Sequence]:
-        """What score() makes of an example, so that a run can tell before it begins what is cut
-        and what does not fit; overridden where that is not prompt and target."""
-        return encode_all([example], tokenizer, model, self.max_length)
+        """What score() makes of an example; a run looks at it before it begins, for what is cut
+        and what does not fit. Overridden where that is not prompt and target."""
+        return [encode(example, tokenizer, self.max_length)]
 
 
 def opening(tokenizer) -> list[int]:
@@ -114,11 +114,6 @@ def encode_all(examples: list, tokenizer, model, max_length: int, **options) -> 
                  model)
 
 
-def encode_choices(example: Example, tokenizer, model, max_length: int) -> list[Sequence]:
-    """The example's prompt with each of its choices."""
-    return known(encode_targets(example.prompt, example.choices, tokenizer, max_length), model)
-
-
 def encode_prompt(example: Example, tokenizer, model, max_length: int,
                   max_new_tokens: int) -> Sequence:
     """bos and prompt, to be written on by write(). A prompt longer than max_length, or than the
@@ -128,12 +123,12 @@ def encode_prompt(example: Example, tokenizer, model, max_length: int,
     if room < 1:
         raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
                         f"prompt beside the {max_new_tokens} new tokens of this task")
-    return known([Sequence(head + tokens[-room:], 0, cut=len(tokens) > room)], model)[0]
+    return Sequence(head + tokens[-room:], 0, cut=len(tokens) > room)
 
 
 def known(sequences: list[Sequence], model) -> list[Sequence]:
     """The sequences, if the model has all their tokens; a UserError otherwise."""
-    largest = max((max(s.tokens, default=0) for s in sequences), default=0)
+    largest = max((max(s.tokens) for s in sequences), default=0)
     if largest >= model.config.vocab_size:
         raise UserError(f"the tokenizer gives token {largest}, the model has only "
                         f"{model.config.vocab_size}: they do not belong together")
@@ -221,9 +216,9 @@ def recall(model, tokenizer, examples: list[Example], batch_size: int, max_lengt
 def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
                   max_length: int) -> list[list[float]]:
     """Of each example -log p(choice | prompt) for each of its choices, in nats."""
-    sequences = [sequence for example in examples
-                 for sequence in encode_choices(example, tokenizer, model, max_length)]
-    losses = iter(score.loss for score in score_targets(model, sequences, batch_size))
+    sequences = [sequence for e in examples
+                 for sequence in encode_targets(e.prompt, e.choices, tokenizer, max_length)]
+    losses = iter(s.loss for s in score_targets(model, known(sequences, model), batch_size))
     return [[next(losses) for _ in example.choices] for example in examples]
 
 

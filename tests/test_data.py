@@ -9,7 +9,7 @@ from conftest import BASE
 from convert import load_pretrained
 from data import load_task
 from data.task import (Example, Sequence, choice_losses, collate, encode, encode_all,
-                       encode_choices, recall, score_targets, split_file, spread, target_loss)
+                       encode_targets, recall, score_targets, split_file, spread, target_loss)
 from data.world import World, cloze
 from eval import sample
 from generate import generate
@@ -43,7 +43,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
     whole = encode(example, tokenizer, 99)
     size = max(len(encode(Example(prompt, choice), tokenizer, 99).tokens)
                for choice in example.choices)
-    sequences = encode_choices(example, tokenizer, model, size - 3)
+    sequences = encode_targets(prompt, example.choices, tokenizer, size - 3)
     assert [len(s.tokens) == size - 3 for s in sequences] == [False, True, False]
     for choice, (tokens, start, cut) in zip(example.choices, sequences):
         assert cut and tokens[:start] == [tokenizer.bos, *whole.tokens[4:whole.start]]
@@ -52,7 +52,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
     assert choice_losses(model, tokenizer, [example], 8, size - 3)[0][0] != pytest.approx(
         score_targets(model, [alone], 1)[0].loss, rel=1e-6)
     with pytest.raises(UserError, match="--max-length 6.*eleven"):
-        encode_choices(example, tokenizer, model, 6)
+        encode_targets(prompt, example.choices, tokenizer, 6)
 
 
 def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):
