@@ -359,8 +359,9 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> tuple[in
     if any(cut.values()):
         print(f"{cut['train']} train and {cut['held out']} other examples lose the start of their "
               f"prompt to --max-length {args.max_length}")
-    for name in {"trained_on", "missing"} & task.notes.keys():
-        print(f"{name}: {task.notes[name]}")
+    for name in ("trained_on", "missing"):
+        if name in task.notes:
+            print(f"{name}: {task.notes[name]}")
     print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}, "
           f"warm-up {args.warmup}, seed {args.seed}, {args.device}")
     return trainable, total

@@ -158,6 +158,7 @@ def test_rows_held_out_are_evenly_spread_and_no_longer_trained_on():
     assert held == [0, 20, 40, 60, 80] and sorted(rest + held) == list(range(100))
     assert spread([1, 2, 3], 480, "file") == ([2, 3], [1])          # one at least, a tenth at most
     assert len(spread(list(range(1000)), 480, "file")[1]) == 100
+    assert len(spread(list(range(30000)), 1000, "file")[1]) == 1000
     with pytest.raises(UserError, match="file: fewer than 2 examples"):
         spread([1], 5, "file")
 
