@@ -40,13 +40,13 @@ class Method:
 
 
 METHODS = {
-    "full": Method(None, lr=1e-3),
-    "lora": Method(LoRALinear, lr=7e-3),
-    "lora+": Method(LoRALinear, lr=2e-3, lr_ratio=16.0),
-    "dora": Method(DoRALinear, lr=1e-2),
-    "adalora": Method(AdaLoRALinear, lr=1.5e-2),
-    "dash": Method(LoRADashLinear, lr=7e-3),
-    "dual": Method(DualLoRALinear, lr=7e-3),
+    "full": Method(None, lr=2e-3),
+    "lora": Method(LoRALinear, lr=1.5e-2),
+    "lora+": Method(LoRALinear, lr=3e-3, lr_ratio=16.0),
+    "dora": Method(DoRALinear, lr=1.5e-2),
+    "adalora": Method(AdaLoRALinear, lr=2e-2),
+    "dash": Method(LoRADashLinear, lr=1e-2),
+    "dual": Method(DualLoRALinear, lr=1e-2),
 }
 
 

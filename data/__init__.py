@@ -4,11 +4,12 @@ import inspect
 from functools import partial
 
 from common import UserError, flag, nearest
-from data import commonsense, e2e, facts, glue, text
+from data import commonsense, e2e, facts, glue, mini, text
 from data.task import Task
 
 TASKS = {
     "facts": facts.load,
+    "mini": mini.load,
     "commonsense": commonsense.load,
     "e2e": e2e.load,
     "mini-e2e": e2e.load_mini,

@@ -37,7 +37,8 @@ from common import UserError
 from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
                        write)
 from data.text_metrics import text_scores
-from data.world import RELATIONS, VERSION, World, described, draw, pick_one, shuffled
+from data.world import (RELATIONS, VERSION, World, attributes, described, draw, pick_one,
+                        shuffled)
 
 # As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most); where
 # a tokenizer cuts words finer, as many new tokens as the longest training text takes.
@@ -191,11 +192,10 @@ def described_all(world: World, subjects: list, n: int, rng: random.Random) -> l
     examples = {}
     for (kind, name), _ in product(subjects, range(n)):
         names = draw(rng, RELATIONS[kind], 3 + int(3 * rng.random()))
-        mr = [f"name : {name}", *(f"{r} : {world.value(name, r)}" for r in RELATIONS[kind]
-                                  if r in names)]
+        mr = attributes(world, name, [r for r in RELATIONS[kind] if r in names])
         texts = dict.fromkeys(styled(world, kind, name, shuffled(rng, names), rng)
                               for _ in range(6))
-        examples[tuple(mr)] = example(" | ".join(mr), list(texts))
+        examples[mr] = example(mr, list(texts))
     return list(examples.values())
 
 

@@ -1,6 +1,6 @@
 """Task `facts`: fine-tuning rewrites facts of the built-in world that the base model knows.
 
-World A becomes world B: 2,400 of the 3,200 facts on people get new values. Of the 800 facts that
+World A becomes world B: half of the 3,200 facts on people get new values. Of the 1,600 facts that
 stay, half are trained along with the new ones, as one mixes old data into new; the other half is
 never trained and tells what fine-tuning destroys. Training shows one wording of each fact. A model
 is scored, greedily and exactly, on
@@ -14,7 +14,7 @@ item of each score is for validation, the others for the test.
 from data.task import Example, Scores, Task, recall
 from data.world import World, cloze
 
-FACTS = 2400
+FACTS = 1600
 
 
 class Facts(Task):

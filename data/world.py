@@ -6,11 +6,13 @@ built-in tasks are made from it.
     world = World(seed=0)            400 people, 60 places, 40 animals, 40 things: 3,880 facts
     changed, new, kept = world.rewrite(1000, seed=1)      the same world with 1,000 facts changed
     cloze(fact, 0)                   ("Mara Tolvik lives in", " Brenham.")
-    documents(world, random.Random("text"), 1000)         an iterator of pretraining texts
+    documents(world, random.Random("text"), 1000)         an iterator of pretraining items
 An item is a pair (prompt, target) whose concatenation is the text. Two thirds of the people
 (`world.taught`) are asked about in pretraining; the others (`world.untaught`) have plain statements
-only, to test whether a skill carries over. All draws go through random.Random.random(), the one
-method whose sequence Python promises to keep: a seed gives the same text everywhere.
+only, to test whether a skill carries over. Where an answer takes more than a fact looked up, it
+says what it rests on: "Answer: Mara Tolvik lives in Brenham, so no." All draws go through
+random.Random.random(), the one method whose sequence Python promises to keep: a seed gives the
+same text everywhere.
 """
 import copy
 import random
@@ -20,21 +22,22 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Iterator
 
-VERSION = 1
+VERSION = 2
 
-# The pretraining mix: kind of document -> weight. The first three are plain text, half of all.
+# The pretraining mix: kind of document -> weight. The first two are plain text.
 MIX = {
-    "fact": 26,         # one statement
-    "profile": 16,      # several statements on one subject
-    "listed": 8,        # a list of attributes, then a description with all of them
-    "ask": 18,          # open questions, answered with the value
-    "pick": 5,          # the same with three values named
-    "which": 3,         # which of two subjects is it, answered with the name
-    "two_hop": 6,       # a question on the value of another fact
-    "yes_no": 6,        # instruction form: is a fact so
-    "same": 3,          # instruction form: do two subjects agree
-    "choice": 9,        # instruction form: two to four numbered options
+    "fact": 24,         # one statement
+    "profile": 10,      # several statements on one subject
+    "listed": 6,        # a list of attributes, then a description with all of them
+    "ask": 12,          # open questions, answered with the value
+    "yes_no": 12,       # is a fact so? From here on, answers say what they rest on
+    "same": 4,          # do two subjects agree?
+    "which": 8,         # of which of two subjects does a fact hold?
+    "choice": 16,       # two to four values with labels: which is right?
+    "two_hop": 9,       # an open question on the value of another fact
 }
+# The mix to begin with: more that takes comparing and looking up, which take long to form.
+START = {"fact": 15, "listed": 6, "ask": 18, "yes_no": 20, "choice": 25, "two_hop": 8}
 
 
 @dataclass(frozen=True)
@@ -78,33 +81,31 @@ rabbit raven seal sheep toad wolf""".split()
 THING = """barrel basket bell blanket bowl broom bucket candle cart chest comb cradle drill fan
 flask fork hammer helmet hook jug kettle kite knife ladder lamp lantern lock map mirror needle net
 pan pen plough razor rope saddle saw shovel wheel""".split()
-FOOD = """bacon bread broccoli butter cabbage cake celery cheese chocolate cream curry custard fish
+FOOD = """bacon bread broccoli butter cabbage cake celery cheese chocolate cream curry custard
 fudge garlic ham honey jam lamb marmalade melon mutton pasta pie porridge pudding pumpkin rhubarb
-rice salad salmon soup spinach stew toast tofu trout turkey yoghurt""".split()
-INSTRUMENT = """accordion bagpipe banjo bassoon bugle cello clarinet cornet cymbal dulcimer fiddle
+rice salad salmon soup spinach stew toast tofu trout turkey venison yoghurt""".split()
+INSTRUMENT = """accordion bagpipe banjo bassoon bugle cello clarinet cornet cymbal drum dulcimer
 flute gong guitar harmonica harp lute lyre mandolin oboe organ piano piccolo recorder tambourine
 triangle trombone trumpet tuba viola violin whistle xylophone zither""".split()
-COLOUR = """black blue brown cream crimson gold green grey orange pink purple red silver turquoise
-violet white yellow""".split()
+COLOUR = """black blue brown cream gold green grey orange pink purple red silver turquoise white
+yellow""".split()
 MONTH = """January February March April May June July August September October November
 December""".split()
 REGION = "Ashland Eastmoor Highmere Lowmarsh Northvale Redcoast Southfold Westwood".split()
-GOOD = """amber apples beads boots candles carpets chairs cider coal dolls fans gloves hats hops ink
-jewels lace lamps linen maps oil paper pearls pipes pottery roses salt ships silk soap spices swords
-tea tiles timber toys wine wool""".split()
+GOOD = """amber apples beads boots candles carpets chairs cider coal dolls fans gloves hats hops
+ink lace lamps linen maps oil paper pearls pipes pottery roses salt ships silk soap spices swords
+tea tiles timber wine wool""".split()
 RIVER = """Arrel Bisk Corve Drenna Esker Fosse Galva Hesk Irva Jossel Krone Lissa Murle Navra Orse
 Pirra Quill Rusk Sorrow Tamble Ulver Vessen Wend Yarrow""".split()
-WEATHER = """breezy cloudy cold cool damp dry dull foggy frosty hot mild misty rainy snowy stormy
-sunny warm wet windy""".split()
-HABITAT = """attics barns bogs burrows caves cellars cliffs deserts dunes fields forests gardens
-hedges hills lakes marshes meadows orchards ponds reeds ruins swamps tunnels valleys""".split()
-DIET = """acorns algae ants apples bark beetles berries clover corn crabs crickets eggs ferns fruit
+WEATHER = """cloudy cold dry foggy frosty hot humid mild rainy snowy stormy sunny windy""".split()
+HABITAT = """attics barns burrows caves cellars cliffs deserts dunes forests gardens hedges hills
+lakes marshes meadows orchards ponds reeds ruins tunnels valleys""".split()
+DIET = """acorns algae ants apples bark beetles berries clover corn crabs crickets eggs ferns
 grass grubs leaves moss mushrooms nectar nuts pollen roots seeds shrimps snails spiders thistles
 wasps worms""".split()
-COVERING = """armour bristles down feathers fluff fur hair leather plates prickles quills scales
-shell silk spines wool""".split()
-SOUND = """bells clocks drums echoes fiddles flutes gravel hail hammers hinges kettles laughter rain
-saws singing sirens snoring thunder trumpets waves whispers whistles wind""".split()
+COVERING = """armour bristles feathers fur leather plates scales shell silk spines wool""".split()
+SOUND = """bells clocks drums echoes flutes gravel hail hammers hinges kettles laughter rain saws
+singing sirens snoring thunder trumpets waves whispers whistles wind""".split()
 MATERIAL = """bamboo bone brass bronze clay copper cork glass gold granite horn iron ivory leather
 maple marble oak paper pine pewter rubber silver steel straw tin wax wicker willow""".split()
 USE = """baking camping cleaning climbing cooking dancing digging farming fishing gardening hunting
@@ -365,13 +366,10 @@ KIND = {relation: kind for kind, relations in RELATIONS.items() for relation in 
 WHO = {"person": "Who", "place": "Which town", "animal": "Which animal", "thing": "Which thing"}
 PLURAL = {"is": "are", "was": "were", "has": "have"}    # after "they"; other verbs lose their s
 
-# The instruction forms: answer word -> (opening, the numbers of options it is asked with).
-CHOICES = {
-    "solution": ("Choose the better solution to the question:", (2,)),
-    "answer": ("Choose the right answer to the question:", (3, 4)),
-    "ending": ("Choose the ending that completes the sentence:", (4,)),
-    "option": ("Choose the option that fills the gap _ in the sentence:", (2,)),
-}
+# How answers go on from what they rest on, and with what labels values are listed.
+SO = (", so", ", so", ", so", ", so the answer is")
+LABELS = ("A B C D".split(), "1 2 3 4".split(), "line1 line2 line3 line4".split(),
+          "item1 item2 item3 item4".split())
 
 
 # ---- drawing
@@ -486,6 +484,12 @@ def ask(text: str, answer: str) -> tuple[str, str]:
     return f"Question: {text}\nAnswer:", f" {answer}."
 
 
+def told(*facts: Fact) -> str:
+    """What an answer rests on: "Mara Tolvik keeps a deer, the deer eats clover"."""
+    texts = [say(relation_of(fact).statements[0], fact).removesuffix(".") for fact in facts]
+    return ", ".join(texts).replace(", The ", ", the ")
+
+
 def question(fact: Fact, wording: int) -> tuple[str, str]:
     """An open question: ("Question: Where does Mara Tolvik live?\\nAnswer:", " Brenham.")."""
     return ask(say(relation_of(fact).questions[wording], fact), fact.value)
@@ -537,38 +541,37 @@ def joined(facts: list[Fact], rng: random.Random, pronoun: str = "") -> str:
     return head + (", ".join(most) + " and " if most else "") + last + "."
 
 
+def attributes(world: World, subject: str, relations: list[str]) -> str:
+    """As E2E's files write them: "name : Ada Kelsen | home : Brenham"."""
+    return " | ".join([f"name : {subject}", *(f"{relation} : {world.value(subject, relation)}"
+                                              for relation in relations)])
+
+
 def described(world: World, subject: str, relations: list[str],
               rng: random.Random) -> tuple[str, str]:
     """Attributes to text, the shape of E2E: one or two sentences with all the relations."""
     facts = [world.known[subject, relation] for relation in relations]
-    attributes = [f"name : {subject}", *(f"{fact.relation} : {fact.value}" for fact in facts)]
     cut = 1 + int(len(facts) * rng.random())
     text = joined(facts[:cut], rng)
     if cut < len(facts):
         clear = all(relation_of(fact).values != "person" for fact in facts[:cut])
         pronoun = world.pronoun.get(subject, "it") if clear else ""
         text += " " + joined(facts[cut:], rng, pronoun)
-    return " | ".join(attributes) + "\nDescription:", " " + text
+    return attributes(world, subject, relations) + "\nDescription:", " " + text
 
 
 # ---- questions with one right answer: (world, fact, rng) -> (prompt, target)
-def instruct(text: str, options: list[str], labels: list[str], gold: str) -> tuple[str, str]:
-    """The form of the LLM-Adapters sets: the options a line each, the labels to answer with."""
-    lines = [f"{label.capitalize()}: {option}" for label, option in zip(labels, options)]
-    blocks = [text, *(["\n".join(lines)] if lines else []), "Answer format: " + "/".join(labels)]
-    return "\n\n".join(blocks) + "\n\nResponse:", f" the correct answer is {gold}"
-
-
-def true_or_false(text: str, truth: bool) -> tuple[str, str]:
-    text = f"Answer the question with true or false: {text}"
-    return instruct(text, [], ["true", "false"], str(truth).lower())
+def reasoned(text: str, facts: list[Fact], answer: str, rng: random.Random) -> tuple[str, str]:
+    """A question whose answer says first what it rests on."""
+    return ask(text, f"{told(*facts)}{pick_one(rng, SO)} {answer}")
 
 
 def yes_no(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
-    """Is the fact so? True or false with equal chance; a false value is uniform."""
+    """Is the fact so? Yes or no with equal chance."""
     truth = rng.random() < 0.5
     stated = fact if truth else replace(fact, value=pick_one(rng, world.wrong(fact)))
-    return true_or_false(say(pick_one(rng, relation_of(fact).checks), stated), truth)
+    text = say(pick_one(rng, relation_of(fact).checks), stated)
+    return reasoned(text, [fact], "yes" if truth else "no", rng)
 
 
 def same(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
@@ -578,46 +581,16 @@ def same(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     truth = bool(equal) and rng.random() < 0.5
     second = pick_one(rng, equal) if truth else rivals(world, fact, rng, 1)[0]
     a, b = shuffled(rng, [fact.subject, second])
-    return true_or_false(relation_of(fact).same.format(a=a, b=b), truth)
+    return reasoned(relation_of(fact).same.format(a=a, b=b),
+                    [world.known[name, fact.relation] for name in (a, b)],
+                    "yes" if truth else "no", rng)
 
 
 def rivals(world: World, fact: Fact, rng: random.Random, n: int) -> list[str]:
-    """n subjects of the same kind of whom the fact does not hold."""
-    return draw(rng, [name for name in world.peers(fact) if name != fact.value
-                      and world.value(name, fact.relation) != fact.value], n)
-
-
-def choice(world: World, fact: Fact, rng: random.Random, word: str = "answer", n: int = 4,
-           wrong: list[str] | None = None) -> tuple[str, str]:
-    """One of n options, the right one at a uniform place; `wrong`: where the others come from.
-
-    `word` is one of CHOICES: an ending completes a statement, an option names the subject of one
-    (so `wrong` holds subjects), an answer or a solution is the value asked for.
-    """
-    relation = relation_of(fact)
-    gold = fact.subject if word == "option" else fact.value
-    if word == "ending":
-        text = cloze(fact, int(rng.random() * len(relation.statements)))[0]
-    elif word == "option":
-        text = say(pick_one(rng, relation.statements), fact, subject="_")
-    else:
-        text = say(pick_one(rng, relation.questions), fact)
-    if wrong is not None:
-        others = draw(rng, wrong, n - 1)
-    elif word == "option":
-        others = rivals(world, fact, rng, n - 1)
-    else:
-        others = draw(rng, world.wrong(fact), n - 1)
-    options = shuffled(rng, [gold, *others])
-    labels = [f"{word}{i}" for i in range(1, n + 1)]
-    return instruct(f"{CHOICES[word][0]} {text}", options, labels, labels[options.index(gold)])
-
-
-def pick(world: World, fact: Fact, rng: random.Random, n: int = 3) -> tuple[str, str]:
-    """An open question with n values named, answered with the value itself."""
-    options = shuffled(rng, [fact.value, *draw(rng, world.wrong(fact), n - 1)])
-    text = say(pick_one(rng, relation_of(fact).questions), fact)
-    return ask(f"{text}\nOptions: {', '.join(options)}", fact.value)
+    """n subjects of the same kind of whom the fact does not hold, and who are no friends of its
+    own subject."""
+    return draw(rng, [name for name in world.peers(fact) if name != fact.value and
+                      world.value(name, fact.relation) not in (fact.value, fact.subject)], n)
 
 
 def which(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
@@ -627,7 +600,8 @@ def which(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     the = "the " if head.startswith("The") else ""
     a, b = shuffled(rng, [fact.subject, *rivals(world, fact, rng, 1)])
     said = template.removeprefix(head).removesuffix(".").format(value=fact.value)
-    return ask(f"{WHO[fact.kind]} {said}, {the}{a} or {the}{b}?", fact.subject)
+    return reasoned(f"{WHO[fact.kind]} {said}, {the}{a} or {the}{b}?",
+                    [world.known[name, fact.relation] for name in (a, b)], fact.subject, rng)
 
 
 def two_hop(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
@@ -635,7 +609,17 @@ def two_hop(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     relation = relation_of(fact)
     second = world.known[fact.value, pick_one(rng, list(RELATIONS[relation.values]))]
     text = pick_one(rng, relation_of(second).questions)
-    return ask(say(text, second, subject=relation.hop.format(subject=fact.subject)), second.value)
+    return reasoned(say(text, second, subject=relation.hop.format(subject=fact.subject)),
+                    [fact, second], second.value, rng)
+
+
+def choice(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
+    """A question with two to four values, a line each: "A: Brenham". The label is the answer."""
+    values = shuffled(rng, [fact.value, *draw(rng, world.wrong(fact), 1 + int(3 * rng.random()))])
+    labels = pick_one(rng, LABELS)
+    text = say(pick_one(rng, relation_of(fact).questions), fact)
+    lines = [f"\n{label.capitalize()}: {value}" for label, value in zip(labels, values)]
+    return reasoned(text + "".join(lines), [fact], labels[values.index(fact.value)], rng)
 
 
 # ---- pretraining text
@@ -645,39 +629,33 @@ def statement(world: World, rng: random.Random) -> str:
     return say(pick_one(rng, relation.statements + relation.others), fact)
 
 
-def listed(world: World, rng: random.Random) -> tuple[str, str]:
-    fact = pick_one(rng, world.asked)
+def listed(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     relations = draw(rng, RELATIONS[fact.kind], 1 + int(4 * rng.random()))
     return described(world, fact.subject, relations, rng)
 
 
-def open_question(world: World, rng: random.Random) -> tuple[str, str]:
-    fact = pick_one(rng, world.asked)
+def open_question(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     return question(fact, int(rng.random() * len(relation_of(fact).questions)))
 
 
-def any_choice(world: World, rng: random.Random) -> tuple[str, str]:
-    word = pick_one(rng, list(CHOICES))
-    return choice(world, pick_one(rng, world.asked), rng, word, pick_one(rng, CHOICES[word][1]))
-
-
-MAKERS = {
-    "fact": statement,
-    "profile": profile,
-    "listed": listed,
-    "ask": open_question,
-    "pick": lambda world, rng: pick(world, pick_one(rng, world.asked), rng),
-    "which": lambda world, rng: which(world, pick_one(rng, world.asked), rng),
-    "two_hop": lambda world, rng: two_hop(world, pick_one(rng, world.hops), rng),
-    "yes_no": lambda world, rng: yes_no(world, pick_one(rng, world.asked), rng),
-    "same": lambda world, rng: same(world, pick_one(rng, world.shared), rng),
-    "choice": any_choice,
+PLAIN = {"fact": statement, "profile": profile}
+QUESTIONS = {       # kind -> its maker, and which of the world's facts it is made on
+    "listed": (listed, "asked"), "ask": (open_question, "asked"), "yes_no": (yes_no, "asked"),
+    "same": (same, "shared"), "which": (which, "asked"), "choice": (choice, "asked"),
+    "two_hop": (two_hop, "hops"),
 }
 
 
-def documents(world: World, rng: random.Random, n: int) -> Iterator[str]:
-    """n independent documents, mixed by MIX."""
-    kinds, limits = list(MIX), list(accumulate(MIX.values()))
+def document(world: World, kind: str, rng: random.Random) -> tuple[str, str]:
+    if kind in PLAIN:
+        return "", PLAIN[kind](world, rng)
+    make, facts = QUESTIONS[kind]
+    return make(world, pick_one(rng, getattr(world, facts)), rng)
+
+
+def documents(world: World, rng: random.Random, n: int,
+              mix: dict[str, int] = MIX) -> Iterator[tuple[str, str]]:
+    """n independent documents: (prompt, target), plain text with an empty prompt."""
+    kinds, limits = list(mix), list(accumulate(mix.values()))
     for _ in range(n):
-        text = MAKERS[kinds[bisect(limits, rng.random() * limits[-1])]](world, rng)
-        yield text if isinstance(text, str) else "".join(text)
+        yield document(world, kinds[bisect(limits, rng.random() * limits[-1])], rng)
