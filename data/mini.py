@@ -18,12 +18,15 @@ on others.
 
 A target says what it rests on before the label, "Ada Kelsen lives in Brenham, so the correct answer
 is answer2", since a model of this size cannot look a fact up and compare it in one go. However the
-question is worded, the reason is the relation's first statement in data/world.py. `accuracy`, of
-what the model writes, takes all of that. `likelihood` compares such answers, each with a reason that
-fits its label; to prefer the right one it is enough to know the fact, so it is high before
-fine-tuning. At that time an answer in the form of the pretraining text, "..., so 2.", is read only
-where an option is a plain value, which the reason names: most answers to BoolQ, PIQA and WinoG are
-`unparsed`.
+question is worded, the reason is the relation's first statement in data/world.py. BoolQ's also says
+whether that is what was asked, "lives in Brenham indeed" or "instead": without this word the label
+stayed a guess after 300 steps of `full`, LoRA and Dual LoRA alike.
+
+`accuracy`, of what the model writes, takes all of that. `likelihood` compares such answers, each
+with a reason that fits its label; to prefer the right one it is enough to know the fact, so it is
+high before fine-tuning, except in BoolQ, where the fact is the same in both. At that time an answer
+in the form of the pretraining text, "..., so 2.", is read only where an option is a plain value,
+which the reason names: most answers to BoolQ, PIQA and WinoG are `unparsed`.
 Every label is right equally often, and a wrong option is about as common in the world as a right
 one.
 """
@@ -92,10 +95,10 @@ def decoys(world: World, fact: Fact, rng: random.Random, n: int) -> list[str]:
 
 
 def boolq(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
-    other = replace(fact, value=decoys(world, fact, rng, 1)[0])
-    asked, denied = (fact, other) if place == 0 else (other, fact)
+    asked = fact if place == 0 else replace(fact, value=decoys(world, fact, rng, 1)[0])
     text = say(pick_one(rng, relation_of(fact).checks), asked)
-    return Item(f"Answer the question with true or false: {text}", [], [told(asked), told(denied)])
+    return Item(f"Answer the question with true or false: {text}", [],
+                [f"{told(fact)} indeed", f"{told(fact)} instead"])
 
 
 def multiple_choice(world: World, rng: random.Random, place: int, fact: Fact, n: int, text: str,
@@ -218,4 +221,4 @@ def load(tokenizer, max_length: int, prompt_template: str | None = None, beams: 
     targets = [example.target for split in examples.values() for example in split]
     new = max(NEW_TOKENS, *(1 + len(tokenizer.encode(target)) for target in targets))
     return Choices("mini", **examples, max_length=max_length, beams=beams, new_tokens=new,
-                   defaults={"steps": 300, "batch_size": 32}, notes={"new_tokens": new})
+                   defaults={"steps": 100, "batch_size": 32}, notes={"new_tokens": new})
