@@ -94,11 +94,14 @@ def decoys(world: World, fact: Fact, rng: random.Random, n: int) -> list[str]:
     return values
 
 
+MATCH = (" indeed", " instead")     # what BoolQ's reasons add: the fact is what was asked, or not
+
+
 def boolq(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
-    asked = fact if place == 0 else replace(fact, value=decoys(world, fact, rng, 1)[0])
-    text = say(pick_one(rng, relation_of(fact).checks), asked)
+    other = replace(fact, value=decoys(world, fact, rng, 1)[0])
+    text = say(pick_one(rng, relation_of(fact).checks), fact if place == 0 else other)
     return Item(f"Answer the question with true or false: {text}", [],
-                [f"{told(fact)} indeed", f"{told(fact)} instead"])
+                [f"{told(fact)}{word}" for word in MATCH])
 
 
 def multiple_choice(world: World, rng: random.Random, place: int, fact: Fact, n: int, text: str,

@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))           # as a script, its own folder is all tha
 from common import Parser, UserError, atomic_write, exit_on_user_error  # noqa: E402
 from convert import save_pretrained  # noqa: E402
 from data.commonsense import read_template  # noqa: E402
-from data.mini import splits  # noqa: E402
+from data.mini import MATCH, splits  # noqa: E402
 from data.task import Example, Sequence, collate, encode, recall, target_loss  # noqa: E402
 from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze,  # noqa: E402
                         documents, pick_one, question)
@@ -73,11 +73,15 @@ def init_weights(model: Transformer, seed: int) -> None:
 
 
 def pieces(world: World) -> dict[bytes, int]:
-    """The tokenizer's ranks, learnt on documents, the training items of `mini` and all values."""
+    """The tokenizer's ranks, learnt on documents, the training items of `mini` and all values.
+
+    Without BoolQ's two words: they came when the base was trained, and are spelt from pieces.
+    """
     items = [*documents(world, random.Random("tokenizer"), 20000),
              *((e.prompt, e.target) for e in splits(read_template(None))["train"]),
              *(("", f" {value}") for relation in KIND for value in world.options(relation))]
-    return train_bpe("\n".join(prompt + target for prompt, target in items), VOCAB - 2)
+    learnt = "\n".join(prompt + target for prompt, target in items)
+    return train_bpe(re.sub("|".join(MATCH), "", learnt), VOCAB - 2)
 
 
 def text(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
