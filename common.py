@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 
 import torch
+from safetensors import SafetensorError
 
 
 class UserError(ValueError):
@@ -34,7 +35,8 @@ def exit_on_user_error(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":    # one line, not one for each process
+                print("error: " + " ".join(str(error).split()), file=sys.stderr)
             sys.exit(2)
     return wrapper
 
@@ -71,6 +73,16 @@ def device(name: str) -> str:
 
 
 @contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What goes wrong on the disk inside the block is a UserError that names the path."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save's is a RuntimeError
+        reason = getattr(error, "strerror", None) or str(error)[:200]
+        raise UserError(f"{path}: cannot write: {reason}") from error
+
+
+@contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; a clean exit flushes and renames it into place.
 
@@ -78,7 +90,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -87,5 +99,3 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot write: {error.strerror or error}") from error

@@ -22,14 +22,15 @@ from data import OPTIONS, TASKS, load_task
 from data.task import Example, Scores, Task, evenly, opening
 from generate import generate
 from methods import load
+from run import PRECISIONS, check_base, read_run, weights_dtype
 
 MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
 
 
-def open_model(path: str, device: str, max_length: int | None):
-    """-> the model in float32, its tokenizer, and max_length (None: MAX_LENGTH), which is at most
-    the model's positions. UserError: no such model, or one without a tokenizer."""
-    model, tokenizer = load_pretrained(path, torch.float32, device)
+def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtype):
+    """-> the model in that dtype, its tokenizer, and max_length (None: MAX_LENGTH), which is at
+    most the model's positions. UserError: no such model, or one without a tokenizer."""
+    model, tokenizer = load_pretrained(path, dtype, device)
     if tokenizer is None:
         raise UserError(f"{path}: the folder holds no tokenizer")
     return model, tokenizer, min(max_length or MAX_LENGTH, model.config.max_positions)
@@ -96,20 +97,6 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     return tokenizer.decode(generate(model, [ids], min(max_new_tokens, room))[0])
 
 
-def read_run(folder: str) -> Namespace:
-    """The resolved flags of a run, from its config.json."""
-    path = Path(folder) / "config.json"
-    try:
-        args = json.loads(path.read_text(encoding="utf-8"))["args"]
-        for name in ("model", "task", "max_length", "max_eval", "loss_on", *OPTIONS):
-            args[name]
-        return Namespace(**args)
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a run folder, it has no config.json") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
-
-
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     what = parser.add_argument_group("what to look at")
@@ -120,6 +107,8 @@ def parse(argv: list[str] | None) -> Namespace:
         what.add_argument(flag(name), **options)
     what.add_argument("--max-length", type=int,
                       help=f"with --model: tokens of an example ({MAX_LENGTH})")
+    what.add_argument("--dtype", choices=PRECISIONS, help="with --model: of its weights (fp32)")
+    parser.set_defaults(method=None)
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
     how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
@@ -132,9 +121,10 @@ def parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         raise UserError("give one of --run FOLDER and --model PATH")
-    for name in ("task", "max_length", *OPTIONS):
+    for name in ("task", "max_length", "dtype", *OPTIONS):
         if args.run is not None and getattr(args, name) is not None and name != "beams":
             raise UserError(f"{flag(name)}: a run has its own; use it with --model")
+    args.dtype = args.dtype or "fp32"
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
     if args.predictions is not None:            # said now, and not after hours of scoring
@@ -152,7 +142,10 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = args if args.run is None else read_run(args.run)
-    model, tokenizer, max_length = open_model(run.model, args.device, run.max_length)
+    model, tokenizer, max_length = open_model(run.model, args.device, run.max_length,
+                                              weights_dtype(run.dtype, run.method))
+    if args.run:
+        check_base(args.run, model, weights_dtype(run.dtype, run.method))
     if args.prompt is not None:
         before = answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)

@@ -42,6 +42,7 @@ class AdapterLinear(nn.Module):
     rank in 1..min(in, out), alpha > 0, dropout in [0, 1): anything else is a UserError.
     """
     fast: tuple[str, ...] = ()   # the parameters whose learning rate LoRA+ multiplies
+    idle = False                 # True: some parameters get no gradient for a time
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()

@@ -42,6 +42,8 @@ class LoRADashLinear(LoRALinear):
     but they have no gradient before the dash. directions or prelaunch below 1: UserError.
     """
 
+    idle = True
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
                  directions: int = 8, prelaunch: int = 100):
         super().__init__(base, rank, alpha, dropout)

@@ -51,11 +51,13 @@ METHODS = {
 
 
 def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int = 8,
-           alpha: float = 16.0, dropout: float = 0.0, **hyper) -> nn.Module:
+           alpha: float = 16.0, dropout: float = 0.0, rank_pattern: dict[str, int] | None = None,
+           alpha_pattern: dict[str, float] | None = None, **hyper) -> nn.Module:
     """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
 
-    A target is the last part of module paths: `q` is every layer's q. One module at two paths
-    stays one. For `full` every weight trains, and the arguments after `method` mean nothing.
+    A target is the last part of module paths, or a whole path: `q` is every layer's q. One module
+    at two paths stays one. rank_pattern and alpha_pattern: path -> rank and alpha of a layer that
+    has others. For `full` every weight trains, and the arguments after `method` mean nothing.
     UserError: an unknown method or option, a target that matches nothing, a second injection.
     """
     _refuse_injected(model)
@@ -68,9 +70,18 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int
     config, new = {"method": method}, {}
     if layer is not None:
         targets, own = sorted({targets} if isinstance(targets, str) else set(targets)), own | hyper
-        new = {base: layer(base, rank, alpha, dropout, **own).train(base.training)
-               for base in _find(model, targets)}
+        ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+        found = _find(model, targets)
+        strange = (ranks.keys() | alphas.keys()) - set(found.values())
+        if strange:
+            raise UserError(f"rank_pattern, alpha_pattern: {min(strange)} is no adapted layer")
+        if ranks and None in own.values():
+            raise UserError(f"rank_pattern: {method} derives more than one size from its rank")
+        new = {base: layer(base, ranks.get(path, rank), alphas.get(path, alpha), dropout,
+                           **own).train(base.training) for base, path in found.items()}
         config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout)
+        config |= dict(rank_pattern=ranks) if ranks else {}
+        config |= dict(alpha_pattern=alphas) if alphas else {}
         first = next(iter(new.values()))     # knows what a None among its arguments came to
         config |= {name: getattr(first, name, value) for name, value in own.items()}
     model.requires_grad_(layer is None)
@@ -84,16 +95,20 @@ def _refuse_injected(model):
         raise UserError("this model has been injected already: start from the pretrained one")
 
 
-def _find(model, targets):
-    """The nn.Linear modules that one of `targets` names."""
-    named = [(path.rpartition(".")[2], module) for path, module
-             in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
-    names = {name for name, _ in named if name}
-    missing = sorted(set(targets) - names)
+def _find(model, targets) -> dict[nn.Linear, str]:
+    """The nn.Linear modules that one of `targets` names -> their paths, the first of each."""
+    linear = [(path, module) for path, module
+              in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
+    names = {path.rpartition(".")[2] for path, _ in linear if path}
+    missing = sorted(set(targets) - names - {path for path, _ in linear})
     if missing or not targets:
         raise UserError(f"no nn.Linear is named {', '.join(missing) or '(nothing)'}: "
                         f"the model's are {', '.join(sorted(names)) or 'none'}")
-    return dict.fromkeys(module for name, module in named if name in targets)
+    found = {}
+    for path, module in linear:
+        if path in targets or path.rpartition(".")[2] in targets:
+            found.setdefault(module, path)
+    return found
 
 
 def _replace(model, new):
@@ -165,10 +180,7 @@ def save(model: nn.Module, path: str | Path) -> None:
         raise UserError(f"{path}: nothing to save: inject the model first")
     tensors = {name: tensor.contiguous() for name, tensor in state(model).items()}
     with atomic_write(path) as temporary:
-        try:
-            save_file(tensors, temporary, {"adapter": json.dumps(model.injected, sort_keys=True)})
-        except SafetensorError as error:
-            raise UserError(f"{path}: cannot write: {error}") from error
+        save_file(tensors, temporary, {"adapter": json.dumps(model.injected, sort_keys=True)})
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

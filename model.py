@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from generate import generate  # noqa: F401  (in its own file, a part of this module)
 
@@ -187,6 +188,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c)
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.checkpointing = False      # True: training keeps of a block its input alone
 
     def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
         """GPT-2's start for training from scratch: N(0, 0.02), less on the way into the residual
@@ -241,7 +243,11 @@ class Transformer(nn.Module):
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)             # (..., T, D)
         for layer in self.layers:
-            x = layer(x, rope, attend, cache)
+            if self.checkpointing and self.training:
+                # The reentrant form finds no gradient behind a frozen embedding.
+                x = checkpoint(layer, x, rope, attend, cache, use_reentrant=False)
+            else:
+                x = layer(x, rope, attend, cache)
         if cache is not None:
             cache.used += T
         return self.norm(x)

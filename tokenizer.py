@@ -351,9 +351,9 @@ def _load_sentencepiece(path: Path, added: list[dict]) -> Tokenizer:
         raise UserError(f"{path}: needs sentencepiece: pip install sentencepiece") from error
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=_read(path))
-    except RuntimeError as error:
+        vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: neither a sentencepiece model nor a rank file") from error
-    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     controls = [{"content": piece, "id": i} for piece, i in vocab.items()
                 if model.is_control(i) or model.is_unknown(i)]
     roles = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}

@@ -5,16 +5,13 @@
     python train.py --method dual --model PATH_OR_HUB_REPO --task jsonl --data FILE --epochs 3
     python train.py --method lora --model PATH --task text --data FILE --steps 200
     python train.py --resume --out runs/facts-dual-r8-s0   goes on with a run that was stopped
-Everything goes to runs/<task>-<method>-r<rank>-s<seed>/: config.json (the resolved flags),
-log.jsonl (a line a step), adapter.safetensors, checkpoint.pt, result.json.
+    torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
+Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in run.py.
 """
 import hashlib
-import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -24,18 +21,21 @@ from inspect import Parameter
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
                     flag, nearest)
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
-from data.world import VERSION
-from eval import BATCH_SIZE, MAX_LENGTH, open_model, read_run, score
+from distributed import everyones, meeting, parallel, rank, start, summed, world
+from eval import BATCH_SIZE, MAX_LENGTH, open_model, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
+from peft_files import import_peft, peft_method, read_peft_config
+from run import (PRECISIONS, ROOT, Run, check_same, fingerprint, free_folder, peak_memory_mb,
+                 resumed, stop_requests, versions, weights_dtype)
 
-ROOT = Path(__file__).resolve().parent
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
 HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
          for method in METHODS.values() for name, default in method.hyper.items()}
@@ -66,6 +66,8 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--task", help=f"{', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
+    what.add_argument("--from-peft", metavar="DIR", help="instead of --method and the adapters' "
+                      "flags: train on from what PEFT has saved there")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, help="budget: as many parameters as LoRA of that rank "
                                                   "(8); adalora: at the end, on average")
@@ -87,6 +89,13 @@ def parse(argv: list[str] | None) -> Namespace:
     loop.add_argument("--epochs", type=float, help="instead of --steps")
     loop.add_argument("--batch-size", type=int, help="examples an optimizer step (per task)")
     loop.add_argument("--grad-accum", type=int, help="micro-batches that a batch is cut into (1)")
+    loop.add_argument("--grad-checkpointing", action="store_true", default=None,
+                      help="compute each block again in backward: less memory, more time")
+    loop.add_argument("--dtype", choices=PRECISIONS,
+                      help="of the base model and, by autocast, of the products; adapters stay "
+                           "fp32, and so do the weights of full (fp32)")
+    loop.add_argument("--compile", action="store_true", default=None,
+                      help="torch.compile; needs a C++ compiler")
     loop.add_argument("--max-length", type=int, help=f"tokens of an example ({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
     loop.add_argument("--seed", type=int, help="of the adapters, the data order, dropout (0)")
@@ -99,12 +108,19 @@ def parse(argv: list[str] | None) -> Namespace:
     run.add_argument("--save-every", type=int, help="steps between checkpoints (100)")
     run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    run.add_argument("--resume", action="store_true",
+                     help="go on with the run in --out; with all its flags given, begin it if need "
+                          "be: the same command again does what is left")
     return parser.parse_args(argv)
 
 
 def check(args: Namespace) -> None:
     """UserError for what is wrong in the flags themselves, before anything is loaded."""
+    if args.from_peft is not None:
+        for name in ("method", *ADAPTER_FLAGS):
+            if getattr(args, name) is not None:
+                raise UserError(f"{flag(name)}: --from-peft brings its own")
+        args.method = peft_method(read_peft_config(args.from_peft))
     if args.method is None:
         raise UserError(f"--method is missing; known: {', '.join(METHODS)}")
     if args.method not in METHODS:
@@ -122,16 +138,27 @@ def check(args: Namespace) -> None:
         raise UserError("give --steps or --epochs, not both")
     for name in ("steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
                  "eval_every", "max_eval", "save_every", "epochs", "lr", "lr_ratio"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0")
-    for name, limit in (("weight_decay", math.inf), ("warmup", math.inf), ("seed", 2 ** 32)):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < 10 ** 7:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0, below 10^7")
+    for name, limit in (("weight_decay", math.inf), ("warmup", 10 ** 7), ("seed", 2 ** 32)):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < limit:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be from 0 to below {limit}")
     if args.out is not None and Path(args.out).exists():
         if not Path(args.out).is_dir():
             raise UserError(f"--out {args.out}: a file stands there")
-        if not args.overwrite:
+        if not args.overwrite and not args.resume:
             raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
+
+
+def as_flags(args: Namespace) -> list[str]:
+    """The command that would give these resolved flags."""
+    argv = []
+    for name, value in vars(args).items():
+        if value is True:
+            argv.append(flag(name))
+        elif value not in (None, False) and name != "command":
+            argv.append(f"{flag(name)}={value}")
+    return argv
 
 
 def fill(args: Namespace, defaults: dict) -> None:
@@ -146,17 +173,20 @@ def resolve(args: Namespace) -> None:
     method = METHODS[args.method]
     fill(args, {"model": str(ROOT / "data" / "base"), "task": "facts",
                 "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1,
-                "seed": 0, "save_every": 100, "eval_batch_size": BATCH_SIZE,
-                "device": default_device()})
+                "seed": 0, "save_every": 100, "eval_batch_size": BATCH_SIZE, "dtype": "fp32",
+                "grad_checkpointing": False, "compile": False, "device": default_device()})
     if method.layer is not None:
-        fill(args, ADAPTER_FLAGS | {"lr_ratio": method.lr_ratio} | method.hyper)
+        fill(args, {"lr_ratio": method.lr_ratio} | method.hyper)
+    if method.layer is not None and args.from_peft is None:
+        fill(args, ADAPTER_FLAGS)
         fill(args, {"alpha": 2.0 * args.rank})
     if max(1.0, args.lr_ratio or 1.0) * args.lr > 1e3:
         raise UserError(f"--lr {args.lr}, --lr-ratio {args.lr_ratio}: a learning rate above 1000")
     fill(args, {"out": free_folder(args)})
     fill(args, {name: default for name, default in options_of(args.task).items()
                 if default is not Parameter.empty})
-    for name in ("model", "data", "data_dir", "prompt_template"):   # found from any folder then
+    # Found from any folder then:
+    for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
 
@@ -171,6 +201,9 @@ def resolve_task(args: Namespace, task) -> None:
         args.steps = (task.defaults["steps"] if epochs is None
                       else math.ceil(epochs * len(task.train) / args.batch_size))
     fill(args, {"warmup": args.steps * 6 // 100, "eval_every": math.ceil(args.steps / 4)})
+    if args.batch_size < args.grad_accum * world():
+        raise UserError(f"--batch-size {args.batch_size}: cannot be cut into {args.grad_accum} "
+                        f"micro-batches (--grad-accum) for each of {world()} processes")
 
 
 # ---- the loop
@@ -199,141 +232,92 @@ def contract(model) -> tuple[type[AdapterLinear], list[AdapterLinear]]:
     return (type(layers[0]) if layers else AdapterLinear), layers
 
 
-def fit(model, sequences, args: Namespace, run: "Run", validate) -> None:
+class TargetLoss(nn.Module):
+    """target_loss() in a --dtype, as a module: what can be compiled and run in processes."""
+
+    def __init__(self, model, dtype: str):
+        super().__init__()
+        self.model, self.bf16 = model, dtype == "bf16"
+
+    def forward(self, tokens, is_target):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return target_loss(self.model, tokens, is_target)
+
+
+def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
     """The loop: batch, loss, backward, clip, step, on_step, zero_grad, log."""
     method, layers = contract(model)
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.weight_decay,
                                                args.lr_ratio or 1.0))
     peaks = [group["lr"] for group in optimizer.param_groups]
     trainable = [p for p in model.parameters() if p.requires_grad]
-    first = run.restore(model, optimizer)
+    first = run.restore(model, optimizer) if args.resume else 0
+    loss_of = TargetLoss(model, args.dtype)
+    loss_of = parallel(torch.compile(loss_of) if args.compile else loss_of, method.idle)
     model.train()
-    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step")
-    for step in bar:
-        factor = lr_factor(step, args.steps, args.warmup)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * factor
-        batch = [sequences[i] for i in batch_at(step, len(sequences), args.batch_size, args.seed)]
-        targets = sum(len(s.tokens) - s.start for s in batch)
-        loss = 0.0
-        for micro in slices(batch, args.grad_accum):            # one slice unless --grad-accum
-            part = target_loss(model, *collate(micro, args.device)) / targets
-            part.backward()
-            loss += part.item()
-        extra = method.extra_loss(layers)
-        if torch.is_tensor(extra):
-            extra.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
-        if not math.isfinite(loss + norm):
-            saved = run.folder / "checkpoint.pt"
-            print(f"error: step {step}: loss {loss}, extra loss {float(extra)}, gradient norm "
-                  f"{norm}; a lower --lr may help; "
-                  + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),
-                  file=sys.stderr)
-            sys.exit(1)
-        optimizer.step()
-        method.on_step(layers, step, args.steps)
-        optimizer.zero_grad()
+    bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step",
+               disable=rank() > 0)
+    with stop_requests() as asked_to_stop:
+        for step in bar:
+            factor = lr_factor(step, args.steps, args.warmup)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
+            batch = [sequences[i] for i in batch_at(step, len(sequences), args.batch_size,
+                                                    args.seed)]
+            targets = sum(len(s.tokens) - s.start for s in batch)
+            loss = 0.0
+            for micro, last in own_slices(batch, args.grad_accum):      # one, unless --grad-accum
+                with meeting(loss_of, last):
+                    part = loss_of(*collate(micro, args.device)) / targets
+                    part.backward()
+                loss += part.item()
+            extra = method.extra_loss(layers)
+            if torch.is_tensor(extra):
+                extra.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
+            loss, stopping = summed([loss, asked_to_stop()], args.device)
+            if not math.isfinite(loss + norm):
+                bar.close()
+                stop_not_finite(step, loss, float(extra), norm, run)
+            optimizer.step()
+            method.on_step(layers, step, args.steps)
+            optimizer.zero_grad()
 
-        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        line = {"step": step, "loss": loss, "lr": args.lr * factor, "grad_norm": norm}
-        if torch.is_tensor(extra):
-            line["extra_loss"] = extra.item()
-        if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
-            line["valid"] = validate()
-        run.log(line)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            run.checkpoint(model, optimizer, step + 1)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            line = {"step": step, "loss": loss, "lr": args.lr * factor, "grad_norm": norm}
+            if torch.is_tensor(extra):
+                line["extra_loss"] = extra.item()
+            if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+                line["valid"] = validate()
+            run.log(line)
+            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
+                run.checkpoint(model, optimizer, step + 1)
+            if stopping:
+                bar.close()
+                raise KeyboardInterrupt
+
+
+def stop_not_finite(step: int, loss: float, extra: float, norm: float, run: Run) -> None:
+    """Ends the run whose loss or gradient is not finite, before it spoils the weights."""
+    if rank() == 0:
+        saved = run.folder / "checkpoint.pt"
+        print(f"error: step {step}: loss {loss}, extra loss {extra}, gradient norm {norm}; a lower "
+              "--lr may help; "
+              + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),
+              file=sys.stderr)
+    sys.exit(1)
 
 
 def slices(batch: list, n: int) -> list[list]:
-    """The batch as n contiguous slices of (nearly) equal length, empty ones left out."""
+    """The batch as n contiguous slices of (nearly) equal length."""
     cuts = [i * len(batch) // n for i in range(n + 1)]
-    return [batch[a:b] for a, b in zip(cuts, cuts[1:]) if a < b]
+    return [batch[a:b] for a, b in zip(cuts, cuts[1:])]
 
 
-# ---- the run's folder
-class Run:
-    """The files of one run. Each is written under a temporary name and renamed, except log.jsonl,
-    which grows a line a step, flushed at once."""
-
-    def __init__(self, args: Namespace):
-        self.folder, self.resume = Path(args.out), args.resume
-        if args.overwrite:
-            for name in ("result.json", "adapter.safetensors", "checkpoint.pt", "log.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
-
-    def write(self, name: str, content: dict) -> None:
-        with atomic_write(self.folder / name) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-    def log(self, line: dict) -> None:
-        with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def checkpoint(self, model, optimizer, step: int) -> None:
-        with atomic_write(self.folder / "checkpoint.pt") as path:
-            torch.save({"step": step, "model": state(model), "optimizer": optimizer.state_dict(),
-                        "rng": torch.get_rng_state()}, path)
-
-    def restore(self, model, optimizer) -> int:
-        """The step to go on from; 0 where there is nothing to go on with."""
-        path, log = self.folder / "checkpoint.pt", self.folder / "log.jsonl"
-        if not self.resume or not path.exists():
-            log.write_text("")
-            return 0
-        try:
-            saved = torch.load(path, weights_only=True)
-            with torch.no_grad():
-                for name, tensor in state(model).items():
-                    tensor.copy_(saved["model"][name])
-            optimizer.load_state_dict(saved["optimizer"])
-            torch.set_rng_state(saved["rng"])
-        except Exception as error:          # a broken file can break its reader in any way
-            raise UserError(f"{path}: cannot resume from it: {str(error)[:200]}") from None
-        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-        with atomic_write(log) as temporary:
-            temporary.write_text("".join(lines[:saved["step"]]), encoding="utf-8")
-        return saved["step"]
-
-
-def free_folder(args: Namespace) -> str:
-    rank = "" if args.rank is None else f"-r{args.rank}"
-    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
-    tries = [name, *(f"{name}-{i}" for i in range(2, 10000))]
-    return next(path for path in tries if not Path(path).exists())
-
-
-def fingerprint(model) -> str:
-    """sha256 of all weights in the order of their names: which model a run began with."""
-    digest = hashlib.sha256()
-    for _, tensor in sorted(model.state_dict().items()):
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def versions() -> dict:
-    try:
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:                         # no git on this machine
-        commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "world": VERSION, "commit": commit, "machine": platform.machine(),
-            "threads": torch.get_num_threads()}
-
-
-def peak_memory_mb(device: str) -> float | None:
-    """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:                     # Windows has no such counter
-        return None
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10      # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+def own_slices(batch: list, n: int) -> list[tuple[list, bool]]:
+    """Of the batch as n slices for each process, those of this one; and whether it is the last."""
+    own = slices(batch, n * world())[n * rank():n * (rank() + 1)]
+    return [(micro, i == n - 1) for i, micro in enumerate(own)]
 
 
 def shown(path: str) -> str:
@@ -341,15 +325,19 @@ def shown(path: str) -> str:
     return os.path.relpath(path) if os.path.exists(path) else path
 
 
-def print_header(args: Namespace, model, task, plan: str, cut: dict) -> tuple[int, int]:
-    """Says what will run -> (trainable, total) parameters."""
+def print_header(args: Namespace, model, task, plan: str, cut: dict) -> dict[str, int]:
+    """Says what will run -> the numbers of parameters, trainable and total."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    counts = {"trainable": trainable, "total": total}
+    if rank() > 0:
+        return counts
     print(f"{args.method} on {args.task}, from {shown(args.model)}, into {args.out}")
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     if adapters(model):
-        print(f"{len(adapters(model))} layers adapted: {args.targets}; rank {args.rank}, "
-              f"alpha {args.alpha:g}, dropout {args.dropout:g}"
+        own = model.injected
+        print(f"{len(adapters(model))} layers adapted: {args.targets or ','.join(own['targets'])}; "
+              f"rank {own['rank']}, alpha {own['alpha']:g}, dropout {own['dropout']:g}"
               + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper)
               + (f", lr_ratio {args.lr_ratio:g}" if METHODS[args.method].layer.fast else ""))
     if plan:
@@ -363,39 +351,74 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> tuple[in
         if name in task.notes:
             print(f"{name}: {task.notes[name]}")
     print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}, "
-          f"warm-up {args.warmup}, seed {args.seed}, {args.device}")
-    return trainable, total
-
-
-def resumed(args: Namespace) -> Namespace:
-    """The flags of the run in --out, which alone decide how a resumed run goes on."""
-    given = [name for name, value in vars(args).items()
-             if value not in (None, False) and name not in ("out", "resume")]
-    if given:
-        raise UserError(f"{flag(given[0])}: a resumed run keeps its own flags; give --out alone")
-    if args.out is None:
-        raise UserError("--resume needs --out FOLDER, the run to go on with")
-    if (Path(args.out) / "result.json").exists():
-        raise UserError(f"--out {args.out}: the run is finished, there is nothing to resume")
-    saved = read_run(args.out)
-    missing = vars(args).keys() - vars(saved).keys()
-    if missing:
-        raise UserError(f"{args.out}/config.json: has no {', '.join(sorted(missing))}")
-    saved.out, saved.resume, saved.overwrite = args.out, True, False
-    return saved
+          f"warm-up {args.warmup}, seed {args.seed}, {args.dtype}, {args.device}"
+          + (f", {world()} processes" if world() > 1 else ""))
+    return counts
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.resume:
+    if args.out == "":
+        raise UserError("--out: is empty")
+    if args.resume and (args.out is None or args.overwrite):
+        raise UserError("--resume needs --out FOLDER, the run to go on with, and no --overwrite")
+    asked = args.method is not None or args.from_peft is not None
+    if args.resume and (not asked or list(Path(args.out).glob("[!.]*"))):
         args = resumed(args)
+        parse(as_flags(args))           # a config.json may have been edited, a GPU be gone
     else:
         check(args)
+        args.resume = False
         resolve(args)
         args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    start = time.time()
-    model, tokenizer, args.max_length = open_model(args.model, args.device, args.max_length)
+    start(args.device)
+    args.out = everyones(args.out)[0]           # the first may have made a folder already
+    try:
+        train(args)
+    except KeyboardInterrupt:
+        if rank() == 0:
+            launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {world()}"
+            going_on = f"{launcher} train.py --resume --out {shlex.quote(args.out)} goes on"
+            print("stopped; " + (going_on if (Path(args.out) / "config.json").exists() else
+                                 "the run had not begun"), file=sys.stderr)
+        sys.exit(130)
+    except RuntimeError as error:
+        raise explained(error)
+
+
+def explained(error: RuntimeError) -> Exception:
+    """What the user can do about it, where torch's error tells."""
+    from torch._dynamo.exc import TorchDynamoException      # which takes a second to import
+    what = " ".join(str(error).split())[:300]
+    if isinstance(error, TorchDynamoException):
+        return UserError(f"--compile: {what}")
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in what:
+        return UserError(f"out of memory; a smaller --batch-size, --grad-accum, "
+                         f"--grad-checkpointing or --max-length may help: {what}")
+    if world() > 1 and (isinstance(error, torch.distributed.DistError) or "Connection" in what):
+        return UserError(f"another process has ended: {what}")
+    return error
+
+
+def adapt(model, args: Namespace) -> None:
+    """Puts the adapters in; fills in what a None among the method's own flags comes to."""
+    method = METHODS[args.method]
+    hyper = {name: getattr(args, name) for name in method.hyper}
+    if args.from_peft is not None:
+        import_peft(model, args.from_peft, **hyper)
+    elif method.layer is None:
+        inject(model, args.method)
+    else:
+        inject(model, args.method, args.targets.split(","), args.rank, args.alpha, args.dropout,
+               **hyper)
+    vars(args).update({name: model.injected[name] for name in hyper})
+
+
+def train(args: Namespace) -> None:
+    began = time.time()
+    dtype = weights_dtype(args.dtype, args.method)
+    model, tokenizer, args.max_length = open_model(args.model, args.device, args.max_length, dtype)
     task = load_task(args.task, tokenizer, args.max_length,
                      **{name: getattr(args, name) for name in OPTIONS})
     resolve_task(args, task)
@@ -403,41 +426,45 @@ def main(argv: list[str] | None = None) -> None:
     held_out = [task.sequences(e, tokenizer, model) for e in task.valid + task.test]
     cut = {"train": sum(s.cut for s in sequences),
            "held out": sum(any(s.cut for s in of_example) for of_example in held_out)}
-    base = fingerprint(model)
+    began_with = {"base": fingerprint(model.state_dict(), dtype), "processes": world(),
+                  "data": hashlib.sha256(repr(sequences).encode()).hexdigest()}
     torch.manual_seed(args.seed)
-    method = METHODS[args.method]
-    if method.layer is None:
-        inject(model, args.method, [])
-    else:
-        inject(model, args.method, args.targets.split(","), args.rank, args.alpha, args.dropout,
-               **{name: getattr(args, name) for name in method.hyper})
-        vars(args).update({name: model.injected[name] for name in method.hyper})
+    adapt(model, args)
+    began_with["adapters"] = [model.injected, fingerprint(state(model), torch.float32)]
+    if rank() > 0:                              # the adapters are the same, their dropout is not
+        torch.manual_seed(args.seed + rank() * 2 ** 32)
+    model.checkpointing = args.grad_checkpointing
     kind, layers = contract(model)
     plan = kind.plan(layers, args.steps)
 
-    run = Run(args)
-    run.write("config.json", {"args": vars(args), "versions": versions()})
-    trainable, total = print_header(args, model, task, plan, cut)
+    run = Run(args.out, args.overwrite)
+    if args.resume:
+        check_same(args.out, **began_with)
+    else:
+        run.write("config.json", {"args": vars(args), "versions": versions(), **began_with})
+    counts = print_header(args, model, task, plan, cut)
 
     def scores(split: str):
         return score(model, tokenizer, task, args.max_eval, split, args.eval_batch_size)
 
     before = scores("test")
     fit(model, sequences, args, run, lambda: scores("valid").values)
-    after = scores("test")
+    after, valid = scores("test"), scores("valid")
+    if rank() > 0:
+        return
     save(model, run.folder / "adapter.safetensors")
-    run.write("result.json", {
-        "method": args.method, "task": args.task, "trainable": trainable, "total": total,
+    run.finish({
+        "method": args.method, "task": args.task, **counts,
         "before": before.values, "after": after.values, "counts": after.counts,
-        "valid": scores("valid").values,
-        "seconds": round(time.time() - start, 1), "peak_memory_mb": peak_memory_mb(args.device),
-        "loss_on": args.loss_on, "seed": args.seed, "cut": cut, "notes": task.notes,
-        "base": base, "versions": versions(), "command": args.command})
+        "valid": valid.values, "seconds": round(time.time() - began, 1),
+        "peak_memory_mb": peak_memory_mb(args.device), "loss_on": args.loss_on, "seed": args.seed,
+        "cut": cut, "notes": task.notes, "base": began_with["base"], "versions": versions(),
+        "command": args.command})
     print(f"{'':20}{'before':>12}{'after':>12}")
     for name, value in after.values.items():
         print(f"{name:20}{before.values[name]:12.4f}{value:12.4f}")
     example = next((e for e in task.test if isinstance(e, Example) and "\n" not in e.prompt), None)
-    print(f"{time.time() - start:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
+    print(f"{time.time() - began:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
     print(f"  python eval.py --run {shlex.quote(args.out)}"
           + (f" --prompt {shlex.quote(example.prompt)}" if example else ""))
 

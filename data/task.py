@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common import UserError
+from distributed import completed, rank, world
 from generate import generate
 
 
@@ -185,15 +186,16 @@ def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Sco
             for i, l, r in zip(indices, loss.split(counts), right.split(counts)):
                 scores[i] = Score(l.double().sum().item(), len(l), bool(r.all()))
     model.train(was_training)
-    return scores
+    return completed(scores)
 
 
 def by_length(sequences: list[Sequence], batch_size: int,
               title: str = "scoring") -> Iterator[list[int]]:
-    """Batches of indices, sequences of similar length together."""
+    """Batches of indices, sequences of similar length together; of several processes, each gets
+    its share of the batches."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-    starts = range(0, len(order), batch_size)
-    for i in tqdm(starts, desc=title, leave=False, disable=len(starts) < 20):
+    starts = range(0, len(order), batch_size)[rank()::world()]
+    for i in tqdm(starts, desc=title, leave=False, disable=len(starts) < 20 or rank() > 0):
         yield order[i:i + batch_size]
 
 
@@ -232,7 +234,7 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
         new = generate(model, [prompts[i].tokens for i in indices], max_new_tokens, **options)
         for i, ids in zip(indices, new):
             texts[i] = tokenizer.decode(ids)
-    return texts
+    return completed(texts)
 
 
 def read_text(path: str | Path) -> str:

@@ -15,8 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import convert
+import hf_files
 from common import UserError
-from convert import load_pretrained, parse_config, save_pretrained
+from convert import load_pretrained, save_pretrained
+from hf_files import parse_config
 from model import Config, Transformer, generate
 from reference import CONFIGS, LLAMA3_ROPE, checkpoint, some_tokens
 
@@ -304,13 +306,13 @@ def test_absent_keys_mean_what_transformers_assumes(folder):
 
 
 @pytest.mark.parametrize("family, defaults", [
-    (family, {**convert.FAMILIES[family].defaults}) for family in convert.FAMILIES])
+    (family, {**hf_files.FAMILIES[family].defaults}) for family in convert.FAMILIES])
 def test_the_table_of_defaults_is_transformers_own(family, defaults):
     from transformers import AutoConfig
     theirs = AutoConfig.for_model(family)
     derived = {"head_dim", "num_key_value_heads"}           # transformers fills these in at once
     for key, value in defaults.items():
-        if not (value is None and key in derived or key in convert.FAMILIES[family].fixed):
+        if not (value is None and key in derived or key in hf_files.FAMILIES[family].fixed):
             assert getattr(theirs, key, value) == value, key
 
 
@@ -540,7 +542,7 @@ ROPE = st.fixed_dictionaries({}, optional={
 
 
 @settings(max_examples=250, deadline=None)
-@given(st.sampled_from(sorted(convert.FAMILIES)),
+@given(st.sampled_from(sorted(hf_files.FAMILIES)),
        st.dictionaries(st.sampled_from(KEYS), SIZES, max_size=3),
        st.dictionaries(st.sampled_from(OTHERS), ANY, max_size=2),
        st.fixed_dictionaries({}, optional={"rope_scaling": ROPE, "rope_parameters": ROPE}))

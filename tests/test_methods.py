@@ -10,7 +10,8 @@ from torch import nn
 
 import parity
 from common import UserError
-from methods import METHODS, adapters, inject, load, merge, param_groups, save, unmerge
+from methods import (METHODS, adapters, inject, load, merge, param_groups, save, state,
+                     unmerge)
 from model import Config, Transformer
 from train import contract
 
@@ -157,6 +158,20 @@ def test_merging_into_bf16_rounds_the_sum_once(method):
     merged = merge(model).q.weight
     assert torch.equal(merged, (base + delta).bfloat16())
     assert not torch.equal(merged, base.bfloat16() + delta.bfloat16())      # the drift it avoids
+
+
+@pytest.mark.parametrize("method", ADAPTED)
+def test_merging_in_bf16_drifts_no_further_than_bf16_itself(method):
+    """Relative to the same model in float32; measured: 0.0045 to 0.0065, merged 0.0050 to 0.0057."""
+    exact, low = train(injected(method)), injected(method, torch.bfloat16)
+    tokens = torch.arange(11)
+    with torch.no_grad():
+        for name, tensor in state(exact).items():
+            state(low)[name].copy_(tensor)
+        right = exact(tokens)
+        drift = [((y.float() - right).norm() / right.norm()).item()
+                 for y in (low(tokens), merge(low)(tokens))]
+    assert drift[1] < 1.5 * drift[0] < 0.02
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -436,6 +451,22 @@ def test_a_target_is_the_last_part_of_a_path():
 def test_a_module_at_two_paths_becomes_one_layer_at_both():
     model = injected("lora")
     assert model.twin["v"] is model.blocks[0].v is adapters(model)["blocks.0.v"]
+
+
+def test_a_target_may_be_a_whole_path_and_a_layer_may_have_a_rank_of_its_own(tmp_path):
+    def model():
+        return nn.ModuleDict({"a": Block(8), "b": Block(8)})
+    one = inject(model(), "lora", ["a.q", "v"], rank=4, alpha=8, rank_pattern={"b.v": 2},
+                 alpha_pattern={"a.v": 3})
+    sizes = {path: (layer.rank, layer.alpha) for path, layer in adapters(one).items()}
+    assert sizes == {"a.q": (4, 8), "a.v": (4, 3), "b.v": (2, 8)}
+    save(one, tmp_path / "a.safetensors")
+    again = load(model(), tmp_path / "a.safetensors")
+    assert {path: (layer.rank, layer.alpha) for path, layer in adapters(again).items()} == sizes
+    with pytest.raises(UserError, match="b.q is no adapted layer"):
+        inject(model(), "lora", ["v"], rank_pattern={"b.q": 2})
+    with pytest.raises(UserError, match="adalora derives"):
+        inject(model(), "adalora", ["v"], rank_pattern={"b.v": 2})
 
 
 def test_a_target_that_matches_nothing_is_refused_with_the_names_that_exist():

@@ -1,10 +1,19 @@
+import errno
 import json
 import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import convert
 import eval as evaluation
 import train
 from conftest import BASE
@@ -59,7 +68,6 @@ def test_a_batch_may_run_over_the_end_of_an_epoch():
 
 def test_slices_are_contiguous_and_cover_the_batch():
     assert slices([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
-    assert slices([1, 2], 3) == [[1], [2]]
 
 
 # ---- whole runs
@@ -187,8 +195,9 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch)
         if line["step"] == 4:
             raise KeyboardInterrupt
     monkeypatch.setattr(train.Run, "log", stop_at_4)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stop:
         train.main([*flags, "--out", "stopped", "--overwrite"])     # which resuming must not repeat
+    assert stop.value.code == 130
     monkeypatch.setattr(train.Run, "log", log)
     assert not Path("stopped/result.json").exists()
     fits = []
@@ -199,6 +208,162 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch)
     for name in ("adapter.safetensors", "log.jsonl"):
         assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes(), name
     assert result_of("stopped")["after"] == result_of("whole")["after"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_saves_after_the_step_and_says_how_to_go_on(number, monkeypatch, capsys):
+    train.main(["--method", "dual", "--out", "whole", *SHORT])
+    log = train.Run.log
+    monkeypatch.setattr(train.Run, "log", lambda run, line: (
+        log(run, line), line["step"] == 2 and os.kill(os.getpid(), number)))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "dual", "--out", "a run", "--save-every", "5", *SHORT])
+    assert stop.value.code == 130
+    assert "python train.py --resume --out 'a run' goes on" in capsys.readouterr().err
+    assert torch.load("a run/checkpoint.pt", weights_only=True)["step"] == 4
+    monkeypatch.setattr(train.Run, "log", log)
+    train.main(["--resume", "--out", "a run"])
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert Path("a run", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes():
+    flags = ["--method", "adalora", "--save-every", "1", *SHORT]
+    train.main([*flags, "--out", "whole"])
+    process = subprocess.Popen([sys.executable, train.__file__, *flags, "--out", "killed"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    log = Path("killed/log.jsonl")
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    train.main(["--resume", "--out", "killed"])
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """A run of 6 steps in the folder `stopped` that ended before its result; the flags it had."""
+    flags = ["--method", "lora", "--save-every", "2", *SHORT]
+    train.main([*flags, "--out", "whole"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--out", "stopped"])
+    return flags
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, capsys):
+    newest = Path("stopped/checkpoint.pt")
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1                         # one bit, which torch does not see
+    newest.write_bytes(content)
+    train.main(["--resume", "--out", "stopped"])
+    error = capsys.readouterr().err
+    assert "checkpoint.pt: cannot resume from it" in error
+    assert "checkpoint-before.pt, step 4" in error
+    for name in ("adapter.safetensors", "log.jsonl"):
+        assert Path("stopped", name).read_bytes() == Path("whole", name).read_bytes()
+    assert not Path("stopped/checkpoint-before.pt").exists()
+
+
+def test_a_damaged_checkpoint_never_takes_the_place_of_the_one_before(stopped, monkeypatch):
+    newest, before = Path("stopped/checkpoint.pt"), Path("stopped/checkpoint-before.pt")
+    newest.write_bytes(newest.read_bytes()[:1000])
+    good = before.read_bytes()
+    Path("stopped/.checkpoint.pt.1.tmp").write_bytes(b"left over by a process that was killed")
+    monkeypatch.setattr(train.Run, "checkpoint", lambda *_: sys.exit("killed"))
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--out", "stopped"])
+    assert before.read_bytes() == good and not newest.exists()
+    assert not list(Path("stopped").glob(".*"))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(stopped, capsys):
+    for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        path = Path("stopped", name)
+        path.write_bytes(path.read_bytes()[:1000])
+    kept = {path.name: path.read_bytes() for path in Path("stopped").iterdir()}
+    assert "checkpoint-before.pt" in refused(capsys, "--resume", "--out", "stopped")
+    assert kept == {path.name: path.read_bytes() for path in Path("stopped").iterdir()}
+
+
+def test_a_resumed_run_keeps_its_flags(stopped, capsys):
+    resume = ["--resume", "--out", "stopped"]
+    for flags, said in ((["--steps", "12"], "--steps 12: the run has 6"),
+                        (["--method", "dora"], "--method dora: the run has lora"),
+                        (["--lr", "1"], "--lr 1.0: the run has 0.015"),
+                        (["--r1", "2"], "--r1"), (["--overwrite"], "--overwrite")):
+        assert said in refused(capsys, *resume, *flags)
+    assert "--out" in refused(capsys, "--resume", *stopped)
+    train.main([*resume, *stopped, "--model", os.path.relpath(BASE)])      # its own: nothing to say
+    assert result_of("stopped")["after"] == result_of("whole")["after"]
+
+
+def test_a_resumed_run_needs_the_model_and_the_data_it_began_with(items, capsys, monkeypatch):
+    shutil.copytree(BASE, "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            train.main(["--method", "lora", *items, "--steps", "2", "--model", "model"])
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS[::-1])))
+    assert "its data is not" in refused(capsys, "--resume", "--out", "run")
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    weights = load_file("model/model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, "model/model.safetensors", {"format": "pt"})
+    assert "its base is not" in refused(capsys, "--resume", "--out", "run")
+    assert "its base is not" in refused(capsys, "--run", "run", main=evaluation.main)
+    assert "its base is not" in refused(capsys, "--run", "run", "--to", "out", main=convert.main)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("model", None), ("model", 3), ("dtype", "fp99"), ("max_length", "x"), ("task", 5),
+    ("task", "nope"), ("steps", "x"), ("method", "nope"), ("device", "gpu"), ("beams", "two")])
+def test_a_config_that_was_edited_is_one_line(name, value, stopped, capsys):
+    path = Path("stopped/config.json")
+    config = json.loads(path.read_text())
+    config["args"][name] = value
+    path.write_text(json.dumps(config))
+    refused(capsys, "--resume", "--out", "stopped")
+
+
+def test_files_that_grow_too_large_for_the_disk_are_one_line_and_lose_nothing(stopped, capsys):
+    """As on a full disk, torch and safetensors report it each in a way of their own."""
+    kept = Path("stopped/checkpoint.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        for out in ("other", "stopped"):
+            with pytest.raises(SystemExit) as stop:
+                train.main([*stopped, "--out", out, "--resume"])
+            last = capsys.readouterr().err.splitlines()[-1]
+            assert stop.value.code == 2 and f"error: {out}/" in last and "cannot write" in last
+        assert "cannot write" in refused(capsys, "--run", "whole", "--to", "out", main=convert.main)
+        assert "cannot write" in refused(capsys, "--run", "whole", "--peft", "p", main=convert.main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Path("stopped/checkpoint.pt").read_bytes() == kept
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(monkeypatch, capsys):
+    save = torch.save
+    def full(content, path):
+        if content["step"] == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, path)
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora", "--out", "run", "--save-every", "2", *SHORT])
+    assert stop.value.code == 2
+    assert "checkpoint.pt: cannot write: No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "save", save)
+    assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
+    train.main(["--resume", "--out", "run"])
+    assert result_of("run") and not list(Path("run").glob(".*"))
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another():
@@ -214,6 +379,114 @@ def test_accumulating_gives_the_whole_batchs_losses():
     losses = [[json.loads(line)["loss"] for line in open(f"{out}/log.jsonl")]
               for out in ("one", "three")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+ADAPTERS = [method for method in METHODS if method != "full"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, capsys):
+    for dtype in ("fp32", "bf16"):
+        train.main(["--method", method, "--dtype", dtype, "--out", dtype, *SHORT])
+    losses = [[json.loads(line)["loss"] for line in open(f"{dtype}/log.jsonl")]
+              for dtype in ("fp32", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
+    saved = load_file("bf16/adapter.safetensors").values()
+    assert all(tensor.dtype == torch.float32 for tensor in saved)
+    os.rename("bf16", "run")
+    assert_eval_repeats(capsys)
+
+
+def test_the_base_is_held_in_the_dtype_that_was_asked_for(monkeypatch):
+    seen, real = [], train.fit
+    monkeypatch.setattr(train, "fit", lambda model, *rest: (
+        seen.append(next(model.parameters()).dtype), real(model, *rest)))
+    for method, dtype in (("lora", "bf16"), ("lora", "fp32"), ("full", "bf16")):
+        train.main(["--method", method, "--dtype", dtype, *SHORT])
+    assert seen == [torch.bfloat16, torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpointing_changes_no_gradient(method):
+    flags = ["--method", method, *SHORT, *([] if method == "full" else ["--dropout", "0.1"])]
+    for out, more in (("kept", []), ("again", ["--grad-checkpointing"])):
+        train.main([*flags, "--out", out, *more])
+    kept, again = (load_file(f"{out}/adapter.safetensors") for out in ("kept", "again"))
+    assert all(torch.allclose(kept[name], again[name], atol=1e-6) for name in kept)
+
+
+def test_checkpointing_keeps_less_for_backward(base):
+    model, bytes_kept = load_pretrained(BASE)[0], []
+    inject(model, "lora", ["q", "v"])
+    model.train()
+    tokens = torch.randint(3, 900, (4, 64))
+    for model.checkpointing in (False, True):
+        kept = {}
+        def keep(tensor):
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.hidden(tokens)
+        bytes_kept.append(sum(kept.values()))
+    assert bytes_kept[1] < 0.5 * bytes_kept[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_model_trains_the_same(method, monkeypatch):
+    # The "eager" backend traces as the real one does, and needs no C++ compiler.
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: real(module, backend="eager"))
+    for out, more in (("plain", []), ("compiled", ["--compile"])):
+        train.main(["--method", method, "--out", out, *more, *SHORT])
+    plain, compiled = (load_file(f"{out}/adapter.safetensors") for out in ("plain", "compiled"))
+    assert all(torch.allclose(plain[name], compiled[name], atol=1e-5) for name in plain)
+
+
+def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
+    def broken(*_):
+        raise OSError("no compiler\nfound")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: real(module, backend=broken))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora", "--compile", *SHORT])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("error: --compile: ") and "no compiler" in last
+
+
+def test_memory_that_is_not_there_is_one_line():
+    for error in (torch.OutOfMemoryError("CUDA out of memory. Tried"),
+                  RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: x")):
+        assert "--batch-size" in str(train.explained(error))
+    other = RuntimeError("something else")
+    assert train.explained(other) is other
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_training_goes_on_from_adapters_that_peft_saved(method, base, capsys):
+    from peft_files import export_peft
+    model = inject(load_pretrained(BASE)[0], method, ["q", "up"], rank=3, alpha=5)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.05)
+    export_peft(model, "theirs")
+    flags = ["--from-peft", "theirs", *SHORT]
+    train.main([*flags, "--out", "run"])
+    result, config = result_of("run"), json.loads(Path("run/config.json").read_text())
+    assert result["method"] == method and config["args"]["rank"] is None
+    assert result["before"] == train.score(
+        model, base[1], train.load_task("facts", base[1], 256), 20).values
+    A = load_file("run/adapter.safetensors")["layers.0.attn.q.A"]
+    assert A.shape == (3, 128) and not torch.equal(A, model.layers[0].attn.q.A)
+    assert_eval_repeats(capsys)
+    model.layers[0].attn.q.A.data.add_(1)
+    config["args"]["from_peft"] = str(Path("theirs").absolute())
+    Path("run/config.json").write_text(json.dumps(config))
+    Path("run/result.json").unlink()
+    export_peft(model, "theirs")                            # others than the run began with
+    assert "its adapters is not" in refused(capsys, "--resume", "--out", "run")
+    for more in (["--method", method], ["--rank", "3"], ["--targets", "q"]):
+        assert f"{more[0]}: --from-peft brings its own" in refused(capsys, *flags, *more)
+    assert "adapter_config.json" in refused(capsys, "--from-peft", "nowhere", *SHORT)
 
 
 def test_plain_text_is_learnt_by_next_token_loss():
@@ -248,6 +521,12 @@ def test_default_folders_never_collide():
     (["--method", "lora", "--lr", "nan"], "--lr"),
     (["--method", "lora", "--steps", "0"], "--steps"),
     (["--method", "lora", "--steps", "3", "--epochs", "1"], "not both"),
+    (["--method", "lora", "--batch-size", "4", "--grad-accum", "5"], "--batch-size 4"),
+    (["--method", "lora", "--dtype", "fp16"], "--dtype"),
+    (["--method", "lora", "--epochs", "1e308"], "--epochs"),
+    (["--method", "lora", "--batch-size", "1000000000000"], "--batch-size"),
+    (["--method", "lora", "--out", "", "--overwrite"], "--out"),
+    (["--method", "lora", "--resume"], "--out"),
     (["--method", "lora", "--task", "fact"], "--task fact: unknown; did you mean facts?"),
     (["--method", "lora", "--task", "text"], "needs --data"),
     (["--method", "lora", "--data", "x.txt"], "--data: task facts does not use it"),
@@ -265,7 +544,6 @@ def test_default_folders_never_collide():
     (["--method", "lora", "--lr", "1e38"], "--lr"),
     (["--resume"], "--out"),
     (["--resume", "--out", "none"], "none"),
-    (["--resume", "--out", "none", "--lr", "1"], "--lr"),
 ])
 def test_wrong_flags_end_with_one_line_and_write_nothing(flags, said, capsys):
     assert said in refused(capsys, *flags)
@@ -296,6 +574,27 @@ def test_a_file_in_the_place_of_the_runs_folder_is_kept(capsys):
     Path("run").write_text("mine")
     assert "run" in refused(capsys, "--method", "lora", "--out", "run", "--overwrite", *SHORT)
     assert Path("run").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_nothing_lost(capsys):
+    Path("file").write_text("mine")
+    flags = ["--method", "lora", *SHORT]
+    assert "file/run/config.json: cannot write" in refused(capsys, *flags, "--out", "file/run")
+    Path("run/log.jsonl/x").mkdir(parents=True)             # where a file should stand
+    error = refused(capsys, *flags, "--out", "run", "--overwrite")
+    assert "run/log.jsonl: cannot write" in error and Path("run/log.jsonl/x").is_dir()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_disk_that_fills_up_in_a_log_line_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(train.Run, "__init__", lambda run, folder, _: setattr(
+        run, "folder", Path(folder)))
+    Path("run").mkdir()
+    Path("run/log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora", "--out", "run", "--overwrite", *SHORT])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "run/log.jsonl: cannot write: No space left" in last
 
 
 def test_a_wrong_line_of_data_is_named(capsys):
@@ -340,7 +639,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     monkeypatch.setattr(train, "target_loss", lambda *batch: real(*batch) * next(losses))
     with pytest.raises(SystemExit) as stop:
         train.main(["--method", "lora", "--out", "run", "--save-every", "2", *SHORT])
-    assert stop.value.code == 1 and "step 3" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 1 and last.startswith("error: step 3: loss nan")
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
 
 

@@ -1,0 +1,255 @@
+"""The folder of a run: what is written there, and how a stopped run goes on from it.
+
+config.json          the resolved flags, and what they were applied to
+log.jsonl            a line a step
+checkpoint.pt        all that training changes; until the end also checkpoint-before.pt, its
+                     predecessor, in case that the disk spoils it
+adapter.safetensors  the trained adapters
+result.json          the scores before and after: here the run is finished
+Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
+step. Of several processes (distributed.py) the first one writes; all must see the folder.
+"""
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from contextlib import contextmanager
+from pathlib import Path
+from types import NoneType
+from typing import Callable, Iterator
+
+import torch
+
+from common import UserError, atomic_write, flag, writing
+from data import OPTIONS
+from data.world import VERSION
+from distributed import everyones, rank, world
+from methods import METHODS, state
+
+ROOT = Path(__file__).resolve().parent
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+
+
+class Run:
+    def __init__(self, folder: str, overwrite: bool = False):
+        self.folder = Path(folder)
+        if overwrite and rank() == 0:
+            for name in ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl"):
+                with writing(self.folder / name):
+                    (self.folder / name).unlink(missing_ok=True)
+
+    def write(self, name: str, content: dict) -> None:
+        if rank() == 0:
+            with atomic_write(self.folder / name) as path:
+                path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def log(self, line: dict) -> None:
+        path = self.folder / "log.jsonl"
+        if rank() == 0:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def checkpoint(self, model, optimizer, step: int) -> None:
+        """Written by the first process with the random state of all; the one before is kept."""
+        states = everyones(rng_states(model))
+        if rank() == 0:
+            newest, before = self.folder / NEWEST, self.folder / BEFORE
+            with atomic_write(newest) as path:
+                torch.save({"step": step, "model": state(model), "rng": states,
+                            "optimizer": optimizer.state_dict()}, path)
+                if newest.exists():
+                    newest.replace(before)
+
+    def restore(self, model, optimizer) -> int:
+        """The step to go on from; 0 where there is nothing to go on with."""
+        found = [path for name in (NEWEST, BEFORE) if (path := self.folder / name).exists()]
+        problems = []
+        for path in found:
+            try:
+                step = read_checkpoint(path, model, optimizer)
+                break
+            except Exception as error:      # a broken file can break its reader in any way
+                problems.append(f"{path}: cannot resume from it: {str(error)[:200]}")
+        else:
+            if found:
+                raise UserError("; ".join(problems))
+            step = 0
+        if rank() == 0:
+            for problem in problems:        # at most one: a damaged newest must not become BEFORE
+                print(f"{problem}; going on from {path}, step {step}", file=sys.stderr)
+                found[0].unlink()
+            for left_over in self.folder.glob(".*.tmp"):            # by a process that was killed
+                left_over.unlink()
+            self.cut_log(step)
+        return step
+
+    def cut_log(self, step: int) -> None:
+        """Leaves the lines of the first `step` steps."""
+        log = self.folder / "log.jsonl"
+        lines = log.read_bytes().splitlines(True)[:step] if log.exists() else []
+        with atomic_write(log) as temporary:
+            temporary.write_bytes(b"".join(lines))
+
+    def finish(self, result: dict) -> None:
+        self.write("result.json", result)
+        if rank() == 0:
+            (self.folder / BEFORE).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, model, optimizer) -> int:
+    """Puts everything back as it was -> the number of steps done."""
+    with zipfile.ZipFile(path) as file:     # torch does not look at the checksums it writes
+        if file.testzip() is not None:
+            raise ValueError(f"{file.testzip()} in it is damaged")
+    saved = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for name, tensor in state(model).items():
+            tensor.copy_(saved["model"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    states = saved["rng"][rank()]
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], next(model.parameters()).device)
+    return saved["step"]
+
+
+def rng_states(model) -> list:
+    """What dropout draws from: the CPU's generator, and the GPU's where the model is on one."""
+    device = next(model.parameters()).device
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function: has Ctrl-C, or SIGTERM as schedulers send it, come? So that a run can stop
+    between two steps. A second one acts at once, as usual."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+# ---- what a run was
+def read_config(folder: str) -> dict:
+    """config.json: args, versions, and what the run began with (see check_same)."""
+    path = Path(folder) / "config.json"
+    kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
+                 max_eval=(int, NoneType))
+    kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in kinds.items():
+            if not isinstance(config["args"][name], kind):
+                raise ValueError(f"{name} is {config['args'][name]!r}")
+        if config["args"]["method"] not in METHODS:
+            raise ValueError(f"method is {config['args']['method']!r}")
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run folder, it has no config.json") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
+
+
+def read_run(folder: str) -> Namespace:
+    """The resolved flags of a run."""
+    return Namespace(**read_config(folder)["args"])
+
+
+def resumed(given: Namespace) -> Namespace:
+    """The flags of the run in --out; a flag that was given, too, must be the run's own. Where the
+    whole run was asked for, and not only to go on, a finished one is as good: ends with status 0.
+    """
+    saved = read_run(given.out)
+    for name, value in vars(given).items():
+        if name not in saved:
+            raise UserError(f"{given.out}/config.json: has no {name}")
+        own = getattr(saved, name)
+        if (value is not None and name not in ("out", "resume", "overwrite")
+                and value != own and not same_path(value, own)):
+            raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
+                            f"own flags")
+    if (Path(given.out) / "result.json").exists():
+        if given.method is None and given.from_peft is None:
+            raise UserError(f"--out {given.out}: the run is finished, there is nothing to resume")
+        print(f"{given.out}: finished already")
+        sys.exit(0)
+    saved.out, saved.resume, saved.overwrite = given.out, True, False
+    return saved
+
+
+def same_path(a, b) -> bool:
+    return isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b)
+
+
+def check_same(folder: str, **now) -> None:
+    """UserError: something that the run in the folder began with is another now."""
+    began = read_config(folder)
+    for name, value in now.items():
+        if began.get(name) != value:
+            raise UserError(f"{folder}: its {name} is not what the run began with"
+                            + f": {value}, then {began.get(name)}" * isinstance(value, int))
+
+
+def weights_dtype(dtype: str, method: str | None) -> torch.dtype:
+    """Of the base model. Weights that train themselves stay float32: bf16's 8 bits would round
+    a small learning rate's steps away."""
+    return torch.float32 if method == "full" else PRECISIONS[dtype]
+
+
+def check_base(folder: str, model, dtype: torch.dtype) -> None:
+    """UserError: the model is not the one whose adapters the run trained."""
+    check_same(folder, base=fingerprint(model.state_dict(), dtype))
+
+
+def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
+    """sha256 of the tensors, in that dtype, in the order of their names."""
+    digest = hashlib.sha256()
+    for _, tensor in sorted(tensors.items()):
+        digest.update(tensor.to("cpu", dtype).reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def free_folder(args: Namespace) -> str:
+    rank = "" if args.rank is None else f"-r{args.rank}"
+    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
+    tries = [name, *(f"{name}-{i}" for i in range(2, 10000))]
+    return next(path for path in tries if not Path(path).exists())
+
+
+def versions() -> dict:
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:                         # no git on this machine
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "world": VERSION, "commit": commit, "machine": platform.machine(),
+            "threads": torch.get_num_threads()}
+
+
+def peak_memory_mb(device: str) -> float | None:
+    """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:                     # Windows has no such counter
+        return None
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10      # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
