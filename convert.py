@@ -163,18 +163,18 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
         temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_texts(source: str | Path, path: str | Path) -> None:
+def texts_of(source: str | Path) -> list[Path]:
     """The tokenizer's files and the generation settings, which merging does not change.
 
     UserError: a link that leads out of the folder (the hub's cache links to its own blobs).
     """
     folder = find_folder(source).resolve()
     home = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    for file in sorted({found for pattern in TEXTS for found in folder.glob(pattern)}):
+    files = sorted({found for pattern in TEXTS for found in folder.glob(pattern)})
+    for file in files:
         if home not in file.resolve().parents:
             raise UserError(f"{file}: a link that leads out of the folder")
-        with atomic_write(Path(path) / file.name) as temporary:
-            shutil.copyfile(file, temporary)
+    return files
 
 
 # ---- the command
@@ -209,8 +209,11 @@ def main(argv: list[str] | None = None) -> None:
     else:
         import_peft(model, args.from_peft)
     if args.to:
+        texts = texts_of(run.model)
         save_pretrained(merge(model), target)
-        copy_texts(run.model, target)
+        for file in texts:
+            with atomic_write(target / file.name) as temporary:
+                shutil.copyfile(file, temporary)
     else:
         for path, lost in export_peft(model, target, args.rank, run.model).items():
             print(f"{path}: {100 * lost:.1f} % of the update lost at rank {args.rank}")

@@ -310,6 +310,26 @@ def test_generation_settings_and_tokenizer_files_come_along(runs, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
+def test_a_link_is_followed_within_the_hubs_cache_and_not_out_of_a_folder(tmp_path, capsys):
+    """The cache keeps a file under its hash in blobs/, and links to it."""
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1f", tmp_path / "models--a--b/blobs"
+    shutil.copytree(BASE, snapshot)
+    blobs.mkdir()
+    (blobs / "9c").write_text('{"temperature": 0.7}')
+    (snapshot / "generation_config.json").symlink_to("../../blobs/9c")
+    export_peft(inject(load_pretrained(BASE)[0], "lora", ["q"]), tmp_path / "peft")
+    flags = ["--from-peft", tmp_path / "peft", "--model", snapshot, "--to"]
+    command(*flags, tmp_path / "out")
+    assert "0.7" in (tmp_path / "out" / "generation_config.json").read_text()
+    (tmp_path / "secret").write_text('{"eos_token_id": 1}')
+    (snapshot / "generation_config.json").unlink()
+    (snapshot / "generation_config.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(SystemExit):
+        command(*flags, tmp_path / "out2")
+    assert "a link that leads out" in capsys.readouterr().err
+    assert not (tmp_path / "out2").exists()
+
+
 @pytest.mark.parametrize("flags, said", [
     ([], "--run"),
     (["--run", "RUN"], "--to"),
