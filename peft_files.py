@@ -67,7 +67,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
                         "themselves: write the whole model)" * (method == "full"))
     if (rank is not None) != (method == "dual"):
-        raise UserError("Dual LoRA's update has no low rank: give the rank of the LoRA that is to "
+        raise UserError("Dual LoRA's update has no low rank: give --rank, of the LoRA that is to "
                         "stand for it" if rank is None else
                         f"a rank is for Dual LoRA; {method} is written as it is")
     largest = max(min(layer.base.weight.shape) for layer in layers.values())

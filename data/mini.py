@@ -11,10 +11,10 @@ Each set has the shape of the one it is named after, with the same labels to ans
     ARC-c     answer1-4           a question on somebody's home town, the town not named
     OBQA      answer1-4           a statement to complete on somebody's pet, the animal not named
 Every question is about a person: in training one of `world.taught`, in validation and test one of
-`world.untaught`, about whom pretraining had plain statements only. (Any of these may be named as
-somebody's friend or, in WinoG, as the other person; the facts on towns and animals are the same in
-all splits.) So a good score takes the base model's knowledge and the skill that fine-tuning taught
-on others.
+`world.untaught`, about whom pretraining had plain statements only. (Anyone may be named as
+somebody's friend, and a validation person as WinoG's other one in the test; the facts on towns and
+animals are the same in all splits.) So a good score takes the base model's knowledge and the skill
+that fine-tuning taught on others.
 
 A target says what it rests on before the label, "Ada Kelsen lives in Brenham, so the correct answer
 is answer2", since a model of this size cannot look a fact up and compare it in one go. However the

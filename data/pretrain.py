@@ -11,8 +11,8 @@ For a model of this size to compare and look up what it has just written, beside
     drills, most in the first 3,000 steps   rules on random tokens, beside the text
     answers say what they rest on           "Ada Kelsen lives in Brenham, so no."
 When such a skill forms is luck. In the run that ships (seed 0, 50 minutes on one core) yes/no
-and labels had left chance by step 2,000, and `same` and `which` had not in the end; with --seed 1
-none had by step 3,000.
+and labels had left chance by step 2,000, `same` had not in the end, and `which` a little on the
+people that were asked about (0.65), not on others; with --seed 1 none had by step 3,000.
 """
 import hashlib
 import json
