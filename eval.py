@@ -142,10 +142,10 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = args if args.run is None else read_run(args.run)
-    model, tokenizer, max_length = open_model(run.model, args.device, run.max_length,
-                                              weights_dtype(run.dtype, run.method))
+    dtype = weights_dtype(run.dtype, run.method)
+    model, tokenizer, max_length = open_model(run.model, args.device, run.max_length, dtype)
     if args.run:
-        check_base(args.run, model, weights_dtype(run.dtype, run.method))
+        check_base(args.run, model, dtype)
     if args.prompt is not None:
         before = answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)

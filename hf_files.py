@@ -7,7 +7,6 @@ named tensors. convert.py reads and writes whole ones, peft_files.py adapters.
     3. files     names, shapes and dtypes, before any tensor is read
 """
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 

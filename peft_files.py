@@ -22,7 +22,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -73,8 +73,8 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     largest = max(min(layer.base.weight.shape) for layer in layers.values())
     if rank is not None and not 1 <= rank <= largest:
         raise UserError(f"rank {rank}: must be from 1 to {largest}")
-    errors, modules, tensors = {}, {}, {}
-    for theirs, ours in modules_of(model).items():
+    errors, modules, tensors, known = {}, {}, {}, modules_of(model)
+    for theirs, ours in known.items():
         found = [(i, layers[path]) for i, path in enumerate(ours) if path in layers]
         if found:
             parts = {}
@@ -85,7 +85,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
                     lost = dW - parts[i].scale * parts[i].B @ parts[i].A
                     errors[ours[i]] = (lost.norm() / dW.norm().clamp(min=1e-30)).item()
             modules[theirs] = fused(parts, [model.get_submodule(path) for path in ours])
-    strange = set(layers) - {path for ours in modules_of(model).values() for path in ours}
+    strange = set(layers) - {path for ours in known.values() for path in ours}
     if strange:
         raise UserError(f"{folder}: no module of PEFT's for {some(strange)}")
     for module, update in modules.items():
@@ -98,7 +98,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     with atomic_write(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, {"format": "pt"})
     with atomic_write(folder / "adapter_config.json") as path:
-        path.write_text(json.dumps(peft_config(model, modules, base), indent=2) + "\n",
+        path.write_text(json.dumps(peft_config(model, modules, known, base), indent=2) + "\n",
                         encoding="utf-8")
     return errors
 
@@ -151,15 +151,13 @@ def fused(parts: dict[int, Update], layers: list) -> Update:
     return Update(torch.cat([part.A for part in parts.values()]), B, scale, magnitude)
 
 
-def peft_config(model, modules: dict[str, Update], base: str | None) -> dict:
+def peft_config(model, modules: dict[str, Update], known, base: str | None) -> dict:
     sizes = ranks_and_alphas(modules)
-    leaves = {module.rpartition(".")[2] for module in modules}
-    named = [module for module in modules_of(model) if module.rpartition(".")[2] in leaves]
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
             "r": sizes["rank"], "lora_alpha": sizes["alpha"],
             "rank_pattern": sizes["rank_pattern"], "alpha_pattern": sizes["alpha_pattern"],
             "lora_dropout": model.injected["dropout"],
-            "target_modules": sorted(leaves if len(named) == len(modules) else modules),
+            "target_modules": sorted(targets_for(modules, known)),
             "use_dora": model.injected["method"] == "dora", "use_rslora": False, "bias": "none",
             "fan_in_fan_out": model.config.is_gpt2, "inference_mode": True}
 
@@ -185,12 +183,10 @@ def import_peft(model: nn.Module, folder: str | Path, **hyper) -> nn.Module:
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
         for layer, part, own in zip(ours, B.split(sizes), magnitudes):
             updates[layer] = Update(*(used(A, part) if split else (A, part)), scale, own)
-    names = {layer.rpartition(".")[2] for layer in updates}
-    named = [layer for paths in modules.values() for layer in paths
-             if layer.rpartition(".")[2] in names]
+    known = [layer for layers in modules.values() for layer in layers]
     try:
-        inject(model, method, names if len(named) == len(updates) else set(updates),
-               **ranks_and_alphas(updates), dropout=number(raw, path, "lora_dropout", 0), **hyper)
+        inject(model, method, targets_for(updates, known), **ranks_and_alphas(updates),
+               dropout=number(raw, path, "lora_dropout", 0), **hyper)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
@@ -220,6 +216,13 @@ def used(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     columns = B.any(0)
     columns[0] |= not columns.any()
     return A[columns], B[:, columns]
+
+
+def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
+    """The last parts of `paths`, where these name no others of the known paths; else the paths."""
+    paths = set(paths)
+    leaves = {path.rpartition(".")[2] for path in paths}
+    return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
 
 
 def ranks_and_alphas(updates: dict[str, Update]) -> dict:

@@ -28,7 +28,7 @@ import torch
 from common import UserError, atomic_write, flag, writing
 from data import OPTIONS
 from data.world import VERSION
-from distributed import everyones, rank, world
+from distributed import everyones, rank
 from methods import METHODS, state
 
 ROOT = Path(__file__).resolve().parent

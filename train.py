@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
-                    flag, nearest)
+from common import (Parser, UserError, default_device, device, exit_on_user_error, flag,
+                    nearest)
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
 from distributed import everyones, meeting, parallel, rank, start, summed, world
@@ -33,8 +33,8 @@ from eval import BATCH_SIZE, MAX_LENGTH, open_model, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
 from peft_files import import_peft, peft_method, read_peft_config
-from run import (PRECISIONS, ROOT, Run, check_same, fingerprint, free_folder, peak_memory_mb,
-                 resumed, stop_requests, versions, weights_dtype)
+from run import (NEWEST, PRECISIONS, ROOT, Run, check_same, fingerprint, free_folder,
+                 peak_memory_mb, resumed, stop_requests, versions, weights_dtype)
 
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
 HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
@@ -300,7 +300,7 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
 def stop_not_finite(step: int, loss: float, extra: float, norm: float, run: Run) -> None:
     """Ends the run whose loss or gradient is not finite, before it spoils the weights."""
     if rank() == 0:
-        saved = run.folder / "checkpoint.pt"
+        saved = run.folder / NEWEST
         print(f"error: step {step}: loss {loss}, extra loss {extra}, gradient norm {norm}; a lower "
               "--lr may help; "
               + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),

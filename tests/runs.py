@@ -1,8 +1,11 @@
-"""What a run stored, and whether eval.py repeats it."""
+"""What a run stored, whether eval.py repeats it, and how a wrong command ends."""
 import json
 from pathlib import Path
 
+import pytest
+
 import eval as evaluation
+import train
 
 
 def result_of(folder: str) -> dict:
@@ -15,3 +18,13 @@ def assert_eval_repeats(capsys, *flags: str) -> None:
     evaluation.main(["--run", "run", *flags])
     shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
     assert shown == {name: f"{value:.4f}" for name, value in result_of("run")["after"].items()}
+
+
+def refused(capsys, *flags: str, main=train.main) -> str:
+    """The one line that a wrong command ends with."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(list(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
+    return error

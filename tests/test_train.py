@@ -21,7 +21,7 @@ from convert import load_pretrained
 from data.task import Scores
 from data.world import VERSION
 from methods import METHODS, inject, load
-from runs import assert_eval_repeats, result_of
+from runs import assert_eval_repeats, refused, result_of
 from train import batch_at, lr_factor, slices
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
@@ -31,16 +31,6 @@ SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every"
 def empty_folder(tmp_path, monkeypatch):
     """Each test runs in a folder of its own."""
     monkeypatch.chdir(tmp_path)
-
-
-def refused(capsys, *flags: str, main=train.main) -> str:
-    """The one line that a wrong command ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(list(flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
-    return error
 
 
 # ---- the loop's parts
