@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
 
 
 def grid(args: Namespace, rest: list[str]) -> list[list[str]]:
-    """The flags of every run; UserError: what train.py would refuse."""
+    """The flags of every run; UserError: what train.py refuses before it loads model and data."""
     task = train.parse(rest).task or "facts"
     runs = {}
     for method, rank, lr, seed in product(args.methods, args.ranks or [None], args.lrs or [None],
@@ -65,8 +65,10 @@ def grid(args: Namespace, rest: list[str]) -> list[list[str]]:
                  for part in (f"--{name}", value)]
         marks = [mark + value for mark, value in (("r", rank), ("lr", lr), ("s", seed)) if value]
         name = "-".join([task.replace("/", "-"), method, *marks])
-        train.check(train.parse([*flags, *rest]))
         runs[name] = [*flags, *rest, "--out", str(Path(args.out) / name), "--resume"]
+        given = train.parse(runs[name])
+        train.check(given)
+        train.resolve(given)
     return list(runs.values())
 
 
@@ -77,8 +79,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.list:
         print("\n".join(shlex.join(command) for command in commands))
         return
-    failed = [command for command in tqdm(commands, unit="run")
-              if subprocess.run(command).returncode != 0]
+    failed, bar = [], tqdm(commands, unit="run")
+    for command in bar:
+        status = subprocess.run(command).returncode
+        if status == 130:                       # Ctrl-C reached the run, which said how it goes on
+            bar.close()
+            print("stopped; the same sweep goes on", file=sys.stderr)
+            sys.exit(130)
+        failed += [command] * (status != 0)
     for command in failed:
         print(f"failed: {shlex.join(command)}", file=sys.stderr)
     if failed:

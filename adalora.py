@@ -67,7 +67,7 @@ class AdaLoRALinear(AdapterLinear):
             if not 0 < beta < 1:
                 raise UserError(f"{name} must be between 0 and 1, not {beta}")
         if not 0 <= gamma < math.inf:
-            raise UserError(f"gamma must be at least 0, not {gamma}")
+            raise UserError(f"gamma must be at least 0 and finite, not {gamma}")
         self.init_rank, self.scale = init_rank, alpha / (init_rank + 1e-5)
         self.t_init, self.t_final, self.delta_t = t_init, t_final, delta_t
         self.beta1, self.beta2, self.gamma = beta1, beta2, gamma

@@ -3,6 +3,7 @@ import argparse
 import difflib
 import functools
 import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,15 +30,25 @@ def flag(name: str) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorator for a script's main(): a UserError ends it with one line on stderr, status 2."""
+    """Decorator for a script's main(): a UserError, or a file that cannot be used, ends it with one
+    line on stderr and status 2; Ctrl-C with one line and 130."""
+    def end(line: str, status: int):
+        if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
+            print(" ".join(line.split()), file=sys.stderr)
+        sys.exit(status)
+
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":    # one line, not one for each process
-                print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            sys.exit(2)
+            end(f"error: {error}", 2)
+        except OSError as error:
+            if error.filename is None:
+                raise
+            end(f"error: {error.filename}: {error.strerror}", 2)
+        except KeyboardInterrupt:
+            end("stopped", 130)
     return wrapper
 
 
@@ -65,11 +76,22 @@ def default_device() -> str:
 
 def device(name: str) -> str:
     """A --device flag's value, if this machine has that device."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise argparse.ArgumentTypeError(f"{name}: neither cpu, nor cuda, nor cuda:1")
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def new_file(name: str) -> Path:
+    """The value of a flag for a file to write: said now, and not after hours of work. A link is
+    followed; a file that is there already is replaced."""
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name}: not a file in an existing folder")
+    return path
 
 
 @contextmanager

@@ -26,10 +26,10 @@ from torch import nn
 from common import Parser, UserError, atomic_write, exit_on_user_error
 from hf_files import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored, describe,
                       is_conv1d, parse_config, places, read_config, some)
-from methods import load, merge
+from methods import merge
 from model import Config, Transformer
 from peft_files import export_peft, import_peft
-from run import check_base, read_run, weights_dtype
+from run import check_base, load_adapters, read_run, weights_dtype
 from tokenizer import load_tokenizer
 
 
@@ -198,17 +198,17 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give one of --to DIR and --peft DIR")
     if args.rank is not None and args.peft is None:
         raise UserError("--rank: use it with --peft")
-    target = Path(args.to or args.peft)
+    target = Path(args.peft if args.to is None else args.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already, and is not an empty folder")
-    run = read_run(args.run) if args.run else args
+    run = args if args.run is None else read_run(args.run)
     model, _ = load_pretrained(run.model)
-    if args.run:
+    if args.run is not None:
         check_base(args.run, model, weights_dtype(run.dtype, run.method))
-        load(model, Path(args.run) / "adapter.safetensors")
+        load_adapters(args.run, model)
     else:
         import_peft(model, args.from_peft)
-    if args.to:
+    if args.to is not None:
         texts = texts_of(run.model)
         save_pretrained(merge(model), target)
         for file in texts:

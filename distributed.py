@@ -20,12 +20,15 @@ from common import UserError
 
 def start(device: str) -> None:
     """Meets the other processes; on "cuda" each takes a GPU of its own."""
-    if dist.is_initialized() or not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR",
-                                     "MASTER_PORT"} <= os.environ.keys():
+    if dist.is_initialized() or not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
+                                     "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return
     if device.startswith("cuda:"):
         raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
     if device == "cuda":
+        here, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"--device cuda: {here} processes here, and {gpus} GPUs")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 

@@ -162,7 +162,7 @@ class DualLoRALinear(AdapterLinear):
         check_whole("r2", r2, 1, largest)
         check_whole("update_warmup", update_warmup, 0)
         if not 0 < init_std < math.inf:
-            raise UserError(f"init_std must be above 0, not {init_std}")
+            raise UserError(f"init_std must be above 0 and finite, not {init_std}")
         self.r1, self.r2, self.scale = r1, r2, alpha / math.sqrt(r1 * r2)
         self.update_warmup = update_warmup
         self.A = nn.Parameter(self.empty(r1, base.in_features))

@@ -4,6 +4,7 @@
     python eval.py --run runs/facts-dual-r8-s0 --prompt "Tilda Pelfield lives in"
     python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     and every answer
     python eval.py --model data/base --task facts          a pretrained model as it is
+    torchrun --nproc-per-node 2 eval.py --model data/base --task mini      each scores half of it
 Beside every share stands its 95 % confidence interval (Wilson's), from the number of items alone:
 it does not know that another seed would have trained another model.
 """
@@ -16,13 +17,13 @@ from pathlib import Path
 import torch
 
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
-                    flag)
+                    flag, new_file)
 from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task
 from data.task import Example, Scores, Task, evenly, opening
+from distributed import rank, start
 from generate import generate
-from methods import load
-from run import PRECISIONS, check_base, read_run, weights_dtype
+from run import PRECISIONS, check_base, load_adapters, read_run, weights_dtype
 
 MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
 
@@ -111,12 +112,12 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.set_defaults(method=None)
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
-    how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
+    how.add_argument("--batch-size", type=int,
                      help=f"changes the speed only ({BATCH_SIZE})")
-    how.add_argument("--predictions", metavar="FILE", type=Path,
+    how.add_argument("--predictions", metavar="FILE", type=new_file,
                      help="write what each item got, as JSON lines")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
-    how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
+    how.add_argument("--max-new-tokens", type=int, help="of that answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
@@ -127,11 +128,13 @@ def parse(argv: list[str] | None) -> Namespace:
     args.dtype = args.dtype or "fp32"
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
-    if args.predictions is not None:            # said now, and not after hours of scoring
-        if args.prompt is not None:
-            raise UserError("--predictions: --prompt scores nothing")
-        if args.predictions.is_dir() or not args.predictions.absolute().parent.is_dir():
-            raise UserError(f"--predictions {args.predictions}: not a file in an existing folder")
+    for name in ("task", "max_length", "max_eval", "batch_size", "predictions", *OPTIONS):
+        if args.prompt is not None and getattr(args, name) is not None:
+            raise UserError(f"{flag(name)}: --prompt scores nothing")
+    if args.prompt is None and args.max_new_tokens is not None:
+        raise UserError("--max-new-tokens: use it with --prompt")
+    args.max_new_tokens = 48 if args.max_new_tokens is None else args.max_new_tokens
+    args.batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
     for name in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1")
@@ -141,6 +144,7 @@ def parse(argv: list[str] | None) -> Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    start(args.device)
     run = args if args.run is None else read_run(args.run)
     dtype = weights_dtype(run.dtype, run.method)
     model, tokenizer, max_length = open_model(run.model, args.device, run.max_length, dtype)
@@ -150,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
         before = answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)
         if args.run:
-            load(model, Path(args.run) / "adapter.safetensors")
+            load_adapters(args.run, model)
             print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
     options = {name: getattr(run, name) for name in OPTIONS}
@@ -160,9 +164,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.predictions is not None and not isinstance(task.test[0], Example):
         raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
-        load(model, Path(args.run) / "adapter.safetensors")
+        load_adapters(args.run, model)
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
     scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
+    if rank() > 0:
+        return
     items = len(scores.predictions) or min(len(task.test), max_eval or math.inf)
     print(f"{run.task}: {items} test items"
           + (f"; beams {options['beams']}" if options["beams"] else "")

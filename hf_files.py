@@ -323,7 +323,7 @@ def stored_in(path: Path) -> list[Stored]:
                 raise
             tensors, mapped = load_bin(path, mmap=False), False
         return [Stored(path, str(name), tuple(t.shape),
-                       t.dtype if t.layout is torch.strided else None,
+                       t.dtype if t.layout is torch.strided and not t.is_meta else None,
                        kept=None if mapped else t) for name, t in tensors.items()]
     except Exception as error:                  # a broken file can break its reader in any way
         reason = " ".join(str(error).split())[:200] or type(error).__name__

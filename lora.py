@@ -50,7 +50,7 @@ class AdapterLinear(nn.Module):
             raise UserError(f"an adapter needs an nn.Linear, not {type(base).__name__}")
         check_whole("rank", rank, 1, min(base.in_features, base.out_features))
         if not 0 < alpha < math.inf:
-            raise UserError(f"alpha must be above 0, not {alpha}")
+            raise UserError(f"alpha must be above 0 and finite, not {alpha}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {dropout}")
         self.base = base.requires_grad_(False)

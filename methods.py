@@ -204,7 +204,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                                     f"{expected.get(name, 'missing')} in the model")
             for name, tensor in own.items():
                 tensor.copy_(file.get_tensor(name))
-    except (OSError, SafetensorError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})
         model.__dict__.pop("injected", None)
         for p, flag in flags:

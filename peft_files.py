@@ -184,9 +184,10 @@ def import_peft(model: nn.Module, folder: str | Path, **hyper) -> nn.Module:
         for layer, part, own in zip(ours, B.split(sizes), magnitudes):
             updates[layer] = Update(*(used(A, part) if split else (A, part)), scale, own)
     known = [layer for layers in modules.values() for layer in layers]
+    dropout = number(raw, path, "lora_dropout", 0)
     try:
         inject(model, method, targets_for(updates, known), **ranks_and_alphas(updates),
-               dropout=number(raw, path, "lora_dropout", 0), **hyper)
+               dropout=dropout, **hyper)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
@@ -278,9 +279,10 @@ def scale_of(raw: dict, path: Path, module: str, r: int) -> float:
         r = number(raw, path, "init_r", 12)
         return (alpha or r) / (r + 1e-5)
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in patterns):
-        raise UserError(f"{path}: alpha_pattern must name modules, without regular expressions")
+        raise UserError(f"{path}: alpha_pattern must name modules; of regular expressions only the "
+                        f"dot is read")
     for key in patterns:
-        if f".{module}".endswith(f".{key}"):
+        if re.fullmatch(rf"(.*\.)?{key}", module):          # as PEFT: a dot is any character
             alpha = number(patterns, path, key)
             break
     return alpha / (math.sqrt(r) if raw.get("use_rslora") else r)

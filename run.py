@@ -7,9 +7,11 @@ checkpoint.pt        all that training changes; until the end also checkpoint-be
 adapter.safetensors  the trained adapters
 result.json          the scores before and after: here the run is finished
 Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
-step. Of several processes (distributed.py) the first one writes; all must see the folder.
+step. Of several processes (distributed.py) the first one writes; all must see the folder. Two runs
+cannot work in one folder at a time.
 """
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -29,20 +31,61 @@ from common import UserError, atomic_write, flag, writing
 from data import OPTIONS
 from data.world import VERSION
 from distributed import everyones, rank
-from methods import METHODS, state
+from methods import METHODS, load, state
 
 ROOT = Path(__file__).resolve().parent
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+FILES = ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl")    # and config.json
 
 
 class Run:
-    def __init__(self, folder: str, overwrite: bool = False):
-        self.folder = Path(folder)
-        if overwrite and rank() == 0:
-            for name in ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl"):
-                with writing(self.folder / name):
-                    (self.folder / name).unlink(missing_ok=True)
+    """The files of a run; of several processes the first writes them."""
+
+    def __init__(self):
+        self.folder = self.lock = None
+        self.newest = None              # the number of steps that the newest checkpoint holds
+        self.replacing: dict | None = None      # the config.json that is to replace an older run's
+
+    def claim(self, args: Namespace) -> None:
+        """Makes --out, or a new folder under runs/, and locks it until release() or our end.
+
+        UserError: another process works there, or has done so since the flags were checked.
+        """
+        if rank() == 0:
+            for out in folders(args):
+                try:
+                    with writing(out):
+                        os.makedirs(out, exist_ok=args.out is not None)
+                    self.lock = locked(out)
+                    break
+                except UserError:
+                    if args.out is not None or not os.path.isdir(out):
+                        raise                           # else: take the next name
+            if not (args.resume or args.overwrite) and visible(out):
+                raise UserError(f"--out {out}: another run has just begun there")
+            args.out = out
+        args.out = everyones(args.out)[0]
+        self.folder = Path(args.out)
+
+    def release(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def begin(self, config: dict, overwrite: bool) -> None:
+        """Writes config.json; where another run is to be overwritten, only when the first step of
+        this one is done: until then a mistake or Ctrl-C loses nothing."""
+        if overwrite and visible(self.folder):
+            self.replacing = config
+        else:
+            self.write("config.json", config)
+
+    @property
+    def begun(self) -> bool:
+        """It can be resumed."""
+        return (self.folder is not None and self.replacing is None
+                and (self.folder / "config.json").exists())
 
     def write(self, name: str, content: dict) -> None:
         if rank() == 0:
@@ -51,6 +94,13 @@ class Run:
 
     def log(self, line: dict) -> None:
         path = self.folder / "log.jsonl"
+        if self.replacing is not None:
+            if rank() == 0:
+                for name in FILES:
+                    with writing(self.folder / name):
+                        (self.folder / name).unlink(missing_ok=True)
+            self.write("config.json", self.replacing)
+            self.replacing = None
         if rank() == 0:
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
@@ -62,9 +112,13 @@ class Run:
             newest, before = self.folder / NEWEST, self.folder / BEFORE
             with atomic_write(newest) as path:
                 torch.save({"step": step, "model": state(model), "rng": states,
-                            "optimizer": optimizer.state_dict()}, path)
+                            "optimizer": optimizer.state_dict(), "run": self.identity()}, path)
                 if newest.exists():
                     newest.replace(before)
+        self.newest = step
+
+    def identity(self) -> str:
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
 
     def restore(self, model, optimizer) -> int:
         """The step to go on from; 0 where there is nothing to go on with."""
@@ -72,7 +126,8 @@ class Run:
         problems = []
         for path in found:
             try:
-                step = read_checkpoint(path, model, optimizer)
+                step = read_checkpoint(path, model, optimizer, self.identity())
+                self.newest = step
                 break
             except Exception as error:      # a broken file can break its reader in any way
                 problems.append(f"{path}: cannot resume from it: {str(error)[:200]}")
@@ -102,12 +157,47 @@ class Run:
             (self.folder / BEFORE).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path, model, optimizer) -> int:
+def folders(args: Namespace) -> Iterator[str]:
+    """--out; without it runs/<task>-<method>-r<rank>-s<seed>, -2, -3, ..., less what exists."""
+    if args.out is not None:
+        yield args.out
+        return
+    rank = "" if args.rank is None else f"-r{args.rank}"
+    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
+    for out in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
+        if not os.path.exists(out):
+            yield out
+
+
+def locked(folder: str) -> int | None:
+    """Opens the folder with a lock that the system takes away when we end, however we end."""
+    try:
+        import fcntl
+    except ImportError:                     # Windows
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"--out {folder}: another process is at work there") from None
+    except OSError:                         # a file system without locks
+        pass
+    return lock
+
+
+def visible(folder: str | Path) -> list[Path]:
+    return list(Path(folder).glob("[!.]*"))
+
+
+def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
     """Puts everything back as it was -> the number of steps done."""
     with zipfile.ZipFile(path) as file:     # torch does not look at the checksums it writes
         if file.testzip() is not None:
             raise ValueError(f"{file.testzip()} in it is damaged")
     saved = torch.load(path, weights_only=True)
+    if saved["run"] != identity:
+        raise ValueError("it is another run's, or config.json was edited")
     with torch.no_grad():
         for name, tensor in state(model).items():
             tensor.copy_(saved["model"][name])
@@ -183,7 +273,7 @@ def resumed(given: Namespace) -> Namespace:
                 and value != own and not same_path(value, own)):
             raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
                             f"own flags")
-    if (Path(given.out) / "result.json").exists():
+    if all((Path(given.out) / name).exists() for name in ("result.json", "adapter.safetensors")):
         if given.method is None and given.from_peft is None:
             raise UserError(f"--out {given.out}: the run is finished, there is nothing to resume")
         print(f"{given.out}: finished already")
@@ -216,19 +306,21 @@ def check_base(folder: str, model, dtype: torch.dtype) -> None:
     check_same(folder, base=fingerprint(model.state_dict(), dtype))
 
 
+def load_adapters(folder: str, model) -> None:
+    """Puts the run's trained adapters into its base model. UserError: they are another run's."""
+    file, began = Path(folder) / "adapter.safetensors", read_config(folder).get("adapters")
+    load(model, file)
+    if not isinstance(began, list) or model.injected not in began:
+        raise UserError(f"{file}: not the adapters that the run trained, but of "
+                        f"{model.injected['method']} with other settings than in config.json")
+
+
 def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
     """sha256 of the tensors, in that dtype, in the order of their names."""
     digest = hashlib.sha256()
     for _, tensor in sorted(tensors.items()):
         digest.update(tensor.to("cpu", dtype).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def free_folder(args: Namespace) -> str:
-    rank = "" if args.rank is None else f"-r{args.rank}"
-    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
-    tries = [name, *(f"{name}-{i}" for i in range(2, 10000))]
-    return next(path for path in tries if not Path(path).exists())
 
 
 def versions() -> dict:

@@ -33,8 +33,9 @@ from eval import BATCH_SIZE, MAX_LENGTH, open_model, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
 from peft_files import import_peft, peft_method, read_peft_config
-from run import (NEWEST, PRECISIONS, ROOT, Run, check_same, fingerprint, free_folder,
-                 peak_memory_mb, resumed, stop_requests, versions, weights_dtype)
+from run import (BEFORE, FILES, NEWEST, PRECISIONS, ROOT, Run, check_same, fingerprint,
+                 peak_memory_mb, read_config, resumed, stop_requests, versions, visible,
+                 weights_dtype)
 
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
 HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
@@ -136,7 +137,7 @@ def check(args: Namespace) -> None:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
     if args.steps is not None and args.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
-    for name in ("steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
+    for name in ("rank", "steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
                  "eval_every", "max_eval", "save_every", "epochs", "lr", "lr_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 10 ** 7:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0, below 10^7")
@@ -148,6 +149,9 @@ def check(args: Namespace) -> None:
             raise UserError(f"--out {args.out}: a file stands there")
         if not args.overwrite and not args.resume:
             raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
+        own = [name for name in ("config.json", *FILES) if Path(args.out, name).exists()]
+        if args.overwrite and own:
+            read_config(args.out)       # only a run is overwritten, not a model's config.json
 
 
 def as_flags(args: Namespace) -> list[str]:
@@ -156,7 +160,7 @@ def as_flags(args: Namespace) -> list[str]:
     for name, value in vars(args).items():
         if value is True:
             argv.append(flag(name))
-        elif value not in (None, False) and name != "command":
+        elif value is not None and value is not False and name != "command":
             argv.append(f"{flag(name)}={value}")
     return argv
 
@@ -176,19 +180,39 @@ def resolve(args: Namespace) -> None:
                 "seed": 0, "save_every": 100, "eval_batch_size": BATCH_SIZE, "dtype": "fp32",
                 "grad_checkpointing": False, "compile": False, "device": default_device()})
     if method.layer is not None:
-        fill(args, {"lr_ratio": method.lr_ratio} | method.hyper)
+        fill(args, method.hyper | ({"lr_ratio": method.lr_ratio} if method.layer.fast else {}))
     if method.layer is not None and args.from_peft is None:
         fill(args, ADAPTER_FLAGS)
         fill(args, {"alpha": 2.0 * args.rank})
     if max(1.0, args.lr_ratio or 1.0) * args.lr > 1e3:
         raise UserError(f"--lr {args.lr}, --lr-ratio {args.lr_ratio}: a learning rate above 1000")
-    fill(args, {"out": free_folder(args)})
     fill(args, {name: default for name, default in options_of(args.task).items()
                 if default is not Parameter.empty})
     # Found from any folder then:
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))
+
+
+def verify(args: Namespace) -> None:
+    """UserError: no run could have these flags, so its config.json was edited or damaged; or the
+    GPU is gone."""
+    path, given = f"{args.out}/config.json", Namespace(**vars(args))
+    given.method = args.method if args.from_peft is None else None      # check() wants one of both,
+    given.epochs = None                                                 # and of steps and epochs
+    try:
+        again = parse(as_flags(given))
+        check(again)
+        resolve(again)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    needed = {"steps", "batch_size", "warmup", "eval_every", "loss_on", "max_length"}
+    for name, value in vars(again).items():
+        own = getattr(args, name, None)
+        if own != value and name != "epochs" or own is None and name in needed:
+            raise UserError(f"{path}: {name} is {own!r}")
+    if not isinstance(getattr(args, "command", None), str):
+        raise UserError(f"{path}: has no command")
 
 
 def resolve_task(args: Namespace, task) -> None:
@@ -274,6 +298,7 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
             extra = method.extra_loss(layers)
             if torch.is_tensor(extra):
                 extra.backward()
+                extra = extra.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
             loss, stopping = summed([loss, asked_to_stop()], args.device)
             if not math.isfinite(loss + norm):
@@ -298,12 +323,13 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
 
 
 def stop_not_finite(step: int, loss: float, extra: float, norm: float, run: Run) -> None:
-    """Ends the run whose loss or gradient is not finite, before it spoils the weights."""
+    """Ends the run whose loss or gradient is not finite, before it spoils the weights. A checkpoint
+    of these very weights is none to go on from."""
     if rank() == 0:
-        saved = run.folder / NEWEST
+        good = run.folder / (BEFORE if run.newest == step else NEWEST)
         print(f"error: step {step}: loss {loss}, extra loss {extra}, gradient norm {norm}; a lower "
               "--lr may help; "
-              + (f"the last good state is {saved}" if saved.exists() else "nothing was saved"),
+              + (f"the last good state is {good}" if good.exists() else "no good state was saved"),
               file=sys.stderr)
     sys.exit(1)
 
@@ -364,27 +390,28 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and (args.out is None or args.overwrite):
         raise UserError("--resume needs --out FOLDER, the run to go on with, and no --overwrite")
     asked = args.method is not None or args.from_peft is not None
-    if args.resume and (not asked or list(Path(args.out).glob("[!.]*"))):
+    if args.resume and (not asked or visible(args.out)):
         args = resumed(args)
-        parse(as_flags(args))           # a config.json may have been edited, a GPU be gone
+        verify(args)
     else:
         check(args)
         args.resume = False
         resolve(args)
         args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     start(args.device)
-    args.out = everyones(args.out)[0]           # the first may have made a folder already
+    run = Run()
     try:
-        train(args)
+        train(args, run)
     except KeyboardInterrupt:
         if rank() == 0:
             launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {world()}"
-            going_on = f"{launcher} train.py --resume --out {shlex.quote(args.out)} goes on"
-            print("stopped; " + (going_on if (Path(args.out) / "config.json").exists() else
-                                 "the run had not begun"), file=sys.stderr)
+            print("stopped; " + (f"{launcher} train.py --resume --out {shlex.quote(args.out)} goes "
+                                 "on" if run.begun else "the run had not begun"), file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         raise explained(error)
+    finally:
+        run.release()
 
 
 def explained(error: RuntimeError) -> Exception:
@@ -415,7 +442,7 @@ def adapt(model, args: Namespace) -> None:
     vars(args).update({name: model.injected[name] for name in hyper})
 
 
-def train(args: Namespace) -> None:
+def train(args: Namespace, run: Run) -> None:
     began = time.time()
     dtype = weights_dtype(args.dtype, args.method)
     model, tokenizer, args.max_length = open_model(args.model, args.device, args.max_length, dtype)
@@ -437,11 +464,11 @@ def train(args: Namespace) -> None:
     kind, layers = contract(model)
     plan = kind.plan(layers, args.steps)
 
-    run = Run(args.out, args.overwrite)
+    run.claim(args)
     if args.resume:
         check_same(args.out, **began_with)
     else:
-        run.write("config.json", {"args": vars(args), "versions": versions(), **began_with})
+        run.begin({"args": vars(args), "versions": versions(), **began_with}, args.overwrite)
     counts = print_header(args, model, task, plan, cut)
 
     def scores(split: str):
@@ -462,7 +489,7 @@ def train(args: Namespace) -> None:
         "command": args.command})
     print(f"{'':20}{'before':>12}{'after':>12}")
     for name, value in after.values.items():
-        print(f"{name:20}{before.values[name]:12.4f}{value:12.4f}")
+        print(f"{name:20} {before.values[name]:11.4f} {value:11.4f}")
     example = next((e for e in task.test if isinstance(e, Example) and "\n" not in e.prompt), None)
     print(f"{time.time() - began:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
     print(f"  python eval.py --run {shlex.quote(args.out)}"

@@ -13,14 +13,13 @@ is: lists of {"instruction", "input", "output": "the correct answer is answer2",
 The prompt is a file, data/prompt.txt or --prompt-template. 480 training rows, evenly spread, are
 for validation.
 """
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import UserError
 from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_prompt,
-                       encode_targets, read_text, shares, spread, write)
+                       encode_targets, parse_json, read_text, shares, spread, write)
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",
@@ -115,11 +114,7 @@ def extract(text: str, labels: tuple[str, ...], options: tuple[str, ...] = ()) -
 # ---- rows of a file -> examples
 def read_rows(path: Path) -> list[dict]:
     """UserError: not JSON, or not a list with anything in it."""
-    text = read_text(path)
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {str(error)[:100]}") from None
+    rows = parse_json(read_text(path), str(path))
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: must be a list of rows, and not empty")
     return rows

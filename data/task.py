@@ -2,6 +2,7 @@
 score a model on them: is the target what it would write, which of the choices is likeliest, and
 what does it write. Each task family has its own file beside this one.
 """
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -247,6 +248,19 @@ def read_text(path: str | Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def parse_json(text: str, where: str):
+    """UserError, which begins with `where`: not JSON, or half of a surrogate pair in it, which no
+    file or terminal can be sent."""
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, \\ud800 to \\udfff") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {str(error)[:100]}") from None
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:

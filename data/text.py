@@ -1,12 +1,11 @@
 """Tasks on the user's own file: `text` (next-token loss on plain text) and `jsonl` (one object a
 line with "prompt" and "target"). Of either, the last two tenths are held out, in the file's order:
 one for validation, one for the test score."""
-import json
 import math
 
 from common import UserError
 from data.task import (Example, Scores, Sequence, Task, encode_all, numbered_lines, opening,
-                       read_text, score_targets, split_file)
+                       parse_json, read_text, score_targets, split_file)
 
 
 class Text(Task):
@@ -26,7 +25,8 @@ class Text(Task):
 
 
 def load_text(tokenizer, max_length: int, data: str) -> Task:
-    """Blocks of max_length tokens, each opened by bos; no token is left out or seen twice."""
+    """Blocks of max_length tokens, each opened by bos, every token in one block; without a bos a
+    last block of a single token, which nothing stands before, is dropped."""
     ids = tokenizer.encode(read_text(data))
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
@@ -48,10 +48,10 @@ def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
     """One example a line; blank lines are skipped, any other wrong line is named."""
     examples = []
     for number, line in numbered_lines(data):
+        row = parse_json(line, f"{data}:{number}")
         try:
-            row = json.loads(line)
             prompt, target = row["prompt"], row["target"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (TypeError, KeyError):
             raise UserError(f'{data}:{number}: not a JSON object with "prompt" and "target"'
                             ) from None
         if not isinstance(prompt, str) or not isinstance(target, str) or not target:

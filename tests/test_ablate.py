@@ -82,6 +82,15 @@ def test_a_sweep_runs_everything_and_reports_what_failed(monkeypatch, capsys):
     assert len(failed) == 1 and "--method dora" in failed[0]
 
 
+def test_ctrl_c_ends_the_sweep_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(
+        command, 130))
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", *SHORT])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same sweep goes on"
+
+
 @pytest.mark.parametrize("flags, said", [
     ([], "--methods"),
     (["--methods", "lora,dosa"], "did you mean"),
@@ -94,6 +103,8 @@ def test_a_sweep_runs_everything_and_reports_what_failed(monkeypatch, capsys):
     (["--methods", "lora", "--rnk", "1"], "--rnk"),
     (["--methods", "lora", "--r1", "1"], "--r1: method lora does not use it"),
     (["--methods", "lora", "--seeds", "-1"], "--seed"),
+    (["--methods", "lora", "--ranks", "4,0"], "--rank 0"),
+    (["--methods", "lora", "--task", "fakts"], "did you mean facts"),
 ])
 def test_wrong_flags_end_with_one_line_before_any_run(flags, said, capsys):
     assert said in refused(capsys, *flags, main=ablate.main)

@@ -1,6 +1,8 @@
+from argparse import ArgumentTypeError
+
 import pytest
 
-from common import Parser, UserError, atomic_write, exit_on_user_error, nearest
+from common import Parser, UserError, atomic_write, exit_on_user_error, nearest, new_file
 
 
 def test_a_write_that_fails_leaves_the_earlier_file(tmp_path):
@@ -32,12 +34,39 @@ def test_a_user_error_ends_a_script_with_one_line_and_status_2(capsys):
     assert capsys.readouterr().err == "error: file.json: line 3\n"
 
 
-def test_other_errors_are_not_hidden():
+@pytest.mark.parametrize("error", [KeyError("bug"), OSError("a bug too: of no file")])
+def test_other_errors_are_not_hidden(error):
     @exit_on_user_error
     def main():
-        raise KeyError("bug")
-    with pytest.raises(KeyError):
+        raise error
+    with pytest.raises(type(error)):
         main()
+
+
+def test_a_file_that_cannot_be_used_is_named_and_ctrl_c_is_no_traceback(tmp_path, capsys):
+    @exit_on_user_error
+    def main(act):
+        act()
+
+    def ctrl_c():
+        raise KeyboardInterrupt
+
+    for act, status, said in ((tmp_path.read_text, 2, f"error: {tmp_path}: Is a directory\n"),
+                              (ctrl_c, 130, "stopped\n")):
+        with pytest.raises(SystemExit) as stop:
+            main(act)
+        assert stop.value.code == status and capsys.readouterr().err == said
+
+
+def test_a_new_file_follows_links_and_replaces_files_only(tmp_path):
+    file, link = tmp_path / "file", tmp_path / "link"
+    link.symlink_to(file)
+    assert new_file(str(link)) == new_file(str(file)) == file
+    file.write_text("old")
+    assert new_file(str(file)) == file
+    for wrong in (tmp_path, tmp_path / "no" / "file", "/dev/null"):
+        with pytest.raises(ArgumentTypeError, match=str(wrong)):
+            new_file(str(wrong))
 
 
 def test_an_unknown_flag_or_word_is_told_its_nearest_neighbour():

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import distributed
+import eval as evaluation
 import train
 from methods import METHODS
 from runs import result_of
@@ -21,7 +22,7 @@ FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "200", "--eval-batc
 DRIVER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import distributed, train
+import distributed, eval, train
 for method in {list(METHODS)!r}:
     train.main(["--method", method, "--out", method, *{FLAGS!r}])
 train.main(["--method", "lora", "--dropout", "0.2", "--out", "dropout", *{FLAGS!r}])
@@ -38,6 +39,7 @@ if distributed.rank() == 0:     # as if killed after step 5
 distributed.everyones(0)
 train.Run.finish = whole
 train.main(["--resume", "--out", "stopped"])
+eval.main(["--run", "lora", "--predictions", "scored.jsonl"])
 """
 
 
@@ -51,6 +53,7 @@ def three(tmp_path_factory):
          "--standalone", "driver.py"], cwd=folder, text=True, capture_output=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
+    (folder / "out").write_text(done.stdout)
     return folder
 
 
@@ -97,6 +100,13 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(three, monkeypatc
     with pytest.raises(SystemExit):
         train.main(["--resume", "--out", "stopped"])
     assert "processes is not what the run began with: 1, then 3" in capsys.readouterr().err
+
+
+def test_eval_scores_in_three_processes_what_one_scores(three, monkeypatch, capsys):
+    monkeypatch.chdir(three)
+    evaluation.main(["--run", "lora", "--predictions", "alone.jsonl"])
+    assert (three / "scored.jsonl").read_text() == (three / "alone.jsonl").read_text()
+    assert (three / "out").read_text().endswith(capsys.readouterr().out)     # printed once
 
 
 def test_slices_go_to_processes_in_order(monkeypatch):

@@ -232,16 +232,19 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
     model = inject(load_pretrained(files / "llama")[0], "lora", ["q"], rank=2)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1))
     with tempfile.TemporaryDirectory() as place:
-        Run(place).checkpoint(model, optimizer, 3)
-        path = Path(place, run.NEWEST)
-        path.write_bytes(data.draw(damaged(path.read_bytes())))
-        tried(lambda: Run(place).restore(model, optimizer))
         args = train.parse(["--method", "dora"])
         train.resolve(args)
-        args.max_length, args.loss_on = 64, "answer"
+        vars(args).update(steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
+                          max_length=64, command="python train.py --method dora")
         content = json.dumps({"args": vars(args), "versions": {}})
         Path(place, "config.json").write_text(content)
         assert reread(place).method == "dora"
+        own = Run()
+        own.folder = Path(place)
+        own.checkpoint(model, optimizer, 3)
+        path = Path(place, run.NEWEST)
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+        tried(lambda: own.restore(model, optimizer))
         content = data.draw(altered(json.loads(content)).map(
             lambda value: json.dumps(value).encode()) | damaged(content.encode()))
         Path(place, "config.json").write_bytes(content)
@@ -251,7 +254,7 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
 def reread(folder):
     """What --resume makes of a config.json before it loads anything."""
     args = run.resumed(train.parse(["--resume", "--out", folder]))
-    train.parse(train.as_flags(args))
+    train.verify(args)
     return args
 
 

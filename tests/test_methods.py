@@ -398,6 +398,8 @@ def unfit(tmp_path, method):
     write("foreign", tensors, {"format": "pt"})
     write("bare", tensors, None)
     write("no json", tensors, {"adapter": "{"})
+    if method != "full":                    # which has no patterns
+        write("a list as pattern", tensors, {"adapter": settings[:-1] + ', "rank_pattern": [1]}'})
     write("a list", tensors, {"adapter": "[]"})
     write("unknown method", tensors, {"adapter": '{"method": "magic"}'})
     write("unknown option", tensors, {"adapter": settings[:-1] + ', "magic": 1}'})

@@ -106,6 +106,8 @@ THEIRS = {
     "patterns": dict(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"],
                      rank_pattern={"q_proj": 2, "layers.1.mlp.up_proj": 5},
                      alpha_pattern={"layers.0.self_attn.q_proj": 9, "up_proj": 3}),
+    "a pattern with a dot": dict(r=4, lora_alpha=6, target_modules=["q_proj", "up_proj"],
+                                 alpha_pattern={"q.proj": 12, "up": 9}),
     "some layers": dict(r=2, lora_alpha=4, target_modules=["q_proj"], layers_to_transform=[1]),
     "a path": dict(r=2, lora_alpha=4, target_modules=["model.layers.0.mlp.up_proj"]),
     "fused": dict(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
@@ -334,6 +336,8 @@ def test_a_link_is_followed_within_the_hubs_cache_and_not_out_of_a_folder(tmp_pa
 @pytest.mark.parametrize("flags, said", [
     ([], "--run"),
     (["--run", "RUN"], "--to"),
+    (["--run", "RUN", "--to", ""], "exists already"),
+    (["--run", "", "--to", "a"], "not a run folder"),
     (["--run", "RUN", "--to", "a", "--peft", "b"], "--to"),
     (["--run", "RUN", "--from-peft", "x", "--to", "a"], "--run"),
     (["--run", "RUN", "--model", "x", "--to", "a"], "--model"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from safetensors.torch import load_file, save_file
 import convert
 import eval as evaluation
 import train
+from common import UserError
 from conftest import BASE
 from convert import load_pretrained
 from data.task import Scores
 from data.world import VERSION
 from methods import METHODS, inject, load
+from run import Run
 from runs import assert_eval_repeats, refused, result_of
 from train import batch_at, lr_factor, slices
 
@@ -311,13 +314,43 @@ def test_a_resumed_run_needs_the_model_and_the_data_it_began_with(items, capsys,
 
 @pytest.mark.parametrize("name, value", [
     ("model", None), ("model", 3), ("dtype", "fp99"), ("max_length", "x"), ("task", 5),
-    ("task", "nope"), ("steps", "x"), ("method", "nope"), ("device", "gpu"), ("beams", "two")])
+    ("task", "nope"), ("steps", "x"), ("method", "nope"), ("device", "gpu"), ("beams", "two"),
+    ("lr", "0.015"), ("lr", float("nan")), ("lr", None), ("steps", None), ("steps", -3),
+    ("steps", "6"), ("targets", ["q"]), ("targets", None), ("alpha", None), ("seed", None),
+    ("device", None), ("lr_ratio", None), ("eval_batch_size", 0), ("r1", 4), ("command", None),
+    ("nonsense", 1), ("save_every", 3)])
 def test_a_config_that_was_edited_is_one_line(name, value, stopped, capsys):
     path = Path("stopped/config.json")
     config = json.loads(path.read_text())
     config["args"][name] = value
     path.write_text(json.dumps(config))
     refused(capsys, "--resume", "--out", "stopped")
+    if name != "save_every":            # a value that a run may have: the checkpoint tells
+        Path("stopped/checkpoint.pt").unlink()
+        Path("stopped/checkpoint-before.pt").unlink()
+        assert "config.json" in refused(capsys, "--resume", "--out", "stopped")
+
+
+def test_a_checkpoint_or_an_adapter_of_another_run_is_refused(stopped, capsys):
+    other = [*stopped, "--seed", "3"]
+    train.main([*other, "--out", "other"])
+    for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        shutil.copy("other/checkpoint.pt", f"stopped/{name}")
+    assert "another run's" in refused(capsys, "--resume", "--out", "stopped")
+    train.main(["--method", "dora", *SHORT, "--out", "dora"])
+    shutil.copy("dora/adapter.safetensors", "whole/adapter.safetensors")
+    for command in ((["--run", "whole"], evaluation.main),
+                    (["--run", "whole", "--to", "merged"], convert.main)):
+        error = refused(capsys, *command[0], main=command[1])
+        assert "whole/adapter.safetensors" in error and "dora" in error
+    assert not Path("merged").exists()
+
+
+def test_a_finished_run_that_lost_its_adapter_makes_it_again(stopped):
+    kept = Path("whole/adapter.safetensors").read_bytes()
+    Path("whole/adapter.safetensors").unlink()
+    train.main(["--resume", "--out", "whole"])
+    assert Path("whole/adapter.safetensors").read_bytes() == kept
 
 
 def test_files_that_grow_too_large_for_the_disk_are_one_line_and_lose_nothing(stopped, capsys):
@@ -532,6 +565,10 @@ def test_default_folders_never_collide():
     (["--method", "lora", "--norm-gradient"], "--norm-gradient: method lora does not use it"),
     (["--method", "lora", "--seed", "99999999999999999999"], "--seed"),
     (["--method", "lora", "--lr", "1e38"], "--lr"),
+    (["--method", "lora", "--rank", "0"], "--rank 0"),
+    (["--method", "lora", "--alpha", "inf"], "alpha must be above 0 and finite"),
+    (["--method", "lora", "--device", "hpu"], "--device: hpu: neither cpu"),
+    (["--method", "lora", "--out", "x" * 300], "File name too long"),
     (["--resume"], "--out"),
     (["--resume", "--out", "none"], "none"),
 ])
@@ -547,6 +584,69 @@ def test_an_existing_folder_is_kept_unless_overwriting_is_asked_for(capsys):
     assert os.listdir("run") == ["mine.txt"]
     train.main(["--method", "lora", "--out", "run", "--overwrite", *SHORT])
     assert Path("run/mine.txt").read_text() == "precious" and result_of("run")
+
+
+def test_overwriting_spares_what_is_no_run(capsys):
+    """A model's folder has a config.json, too."""
+    shutil.copytree(BASE, "model")
+    kept = {path.name: path.read_bytes() for path in Path("model").iterdir()}
+    error = refused(capsys, "--method", "lora", "--out", "model", "--overwrite", *SHORT)
+    assert "model/config.json: not the config.json of a run" in error
+    Path("logs").mkdir()
+    Path("logs/log.jsonl").write_text("mine")
+    assert "logs" in refused(capsys, "--method", "lora", "--out", "logs", "--overwrite", *SHORT)
+    assert kept == {path.name: path.read_bytes() for path in Path("model").iterdir()}
+    assert Path("logs/log.jsonl").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (UserError("no"), 2)])
+def test_overwriting_loses_nothing_before_the_first_step_is_done(error, status, monkeypatch,
+                                                                 capsys):
+    train.main(["--method", "lora", "--out", "run", *SHORT])
+    kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    flags = ["--method", "dora", "--out", "run", "--overwrite", *SHORT]
+
+    def stop(*_):
+        raise error
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "target_loss", stop)
+        with pytest.raises(SystemExit) as stopped:
+            train.main(flags)
+    assert stopped.value.code == status
+    assert "goes on" not in capsys.readouterr().err
+    assert kept == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    train.main(flags)
+    assert result_of("run")["method"] == "dora"
+    assert len(Path("run/log.jsonl").read_text().splitlines()) == 6
+
+
+def test_two_runs_that_start_together_get_a_folder_each():
+    command = [sys.executable, train.__file__, "--method", "lora", *SHORT]
+    both = [subprocess.Popen([*command, "--lr", lr], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            for lr in ("1e-2", "1e-3")]
+    assert [process.wait() for process in both] == [0, 0]
+    folders = sorted(Path("runs").iterdir())
+    assert [path.name for path in folders] == ["facts-lora-r8-s0", "facts-lora-r8-s0-2"]
+    assert {json.loads((path / "config.json").read_text())["args"]["lr"]
+            for path in folders} == {1e-2, 1e-3}
+    assert all(len((path / "log.jsonl").read_text().splitlines()) == 6 for path in folders)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(stopped, capsys):
+    run = Run()
+    run.claim(Namespace(out="stopped", resume=True))
+    try:
+        for flags in (["--resume"], [*stopped, "--overwrite"]):
+            assert "another process" in refused(capsys, "--out", "stopped", *flags)
+    finally:
+        run.release()
+    train.main(["--resume", "--out", "stopped"])
+    Path("new").mkdir()
+    Path("new/config.json").write_text("{}")                # since the flags were checked
+    with pytest.raises(UserError, match="--out new: another run"):
+        run.claim(Namespace(out="new", resume=False, overwrite=False))
+    run.release()
 
 
 def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
@@ -569,22 +669,32 @@ def test_a_file_in_the_place_of_the_runs_folder_is_kept(capsys):
 def test_a_folder_that_cannot_be_written_is_named_and_nothing_lost(capsys):
     Path("file").write_text("mine")
     flags = ["--method", "lora", *SHORT]
-    assert "file/run/config.json: cannot write" in refused(capsys, *flags, "--out", "file/run")
-    Path("run/log.jsonl/x").mkdir(parents=True)             # where a file should stand
-    error = refused(capsys, *flags, "--out", "run", "--overwrite")
-    assert "run/log.jsonl: cannot write" in error and Path("run/log.jsonl/x").is_dir()
+    assert "file/run: cannot write" in refused(capsys, *flags, "--out", "file/run")
+    train.main([*flags, "--out", "run"])
+    Path("run/result.json").unlink()
+    Path("run/result.json/x").mkdir(parents=True)           # where a file should stand
+    with pytest.raises(SystemExit) as stop:
+        train.main([*flags, "--out", "run", "--overwrite"])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and "run/result.json: cannot write" in last
+    assert Path("run/result.json/x").is_dir() and Path("run/adapter.safetensors").exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
 def test_a_disk_that_fills_up_in_a_log_line_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(train.Run, "__init__", lambda run, folder, _: setattr(
-        run, "folder", Path(folder)))
-    Path("run").mkdir()
-    Path("run/log.jsonl").symlink_to("/dev/full")
+    begin = train.Run.begin
+    monkeypatch.setattr(train.Run, "begin", lambda run, *how: (
+        begin(run, *how), (run.folder / "log.jsonl").symlink_to("/dev/full")))
     with pytest.raises(SystemExit) as stop:
-        train.main(["--method", "lora", "--out", "run", "--overwrite", *SHORT])
+        train.main(["--method", "lora", "--out", "run", *SHORT])
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and "run/log.jsonl: cannot write: No space left" in last
+
+
+def test_half_of_a_surrogate_pair_is_named_before_a_terminal_fails_on_it(capsys):
+    Path("data.jsonl").write_text('{"prompt": "a \\ud800", "target": "b"}\n' * 9)
+    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl"]
+    assert "data.jsonl:1: holds half of a surrogate pair" in refused(capsys, *flags)
 
 
 def test_a_wrong_line_of_data_is_named(capsys):
@@ -632,6 +742,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and last.startswith("error: step 3: loss nan")
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
+    assert last.endswith("the last good state is run/checkpoint.pt")
+
+
+@pytest.mark.parametrize("every, good", [("1", "run/checkpoint-before.pt"), ("3", None)])
+def test_a_checkpoint_of_the_weights_that_fail_is_not_called_good(every, good, capsys,
+                                                                  monkeypatch):
+    losses = iter([1.0, 1.0, 1.0, float("nan")])
+    real = train.target_loss
+    monkeypatch.setattr(train, "target_loss", lambda *batch: real(*batch) * next(losses))
+    with pytest.raises(SystemExit):
+        train.main(["--method", "lora", "--out", "run", "--save-every", every, *SHORT])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"the last good state is {good}" if good else "no good state was saved")
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -644,6 +767,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     (["--run", "a", "--batch-size", "0"], "--batch-size"),
     (["--run", "a", "--max-eval", "0"], "--max-eval"),
     (["--run", "a", "--device", "foo"], "--device"),
+    (["--run", ""], "not a run folder"),
+    (["--model", "x", "--prompt", "Hi", "--max-eval", "3"], "--max-eval: --prompt scores nothing"),
+    (["--run", "x", "--prompt", "Hi", "--beams", "3"], "--beams: --prompt scores nothing"),
+    (["--model", "x", "--task", "facts", "--max-new-tokens", "3"], "--max-new-tokens"),
+    (["--model", "x", "--task", "facts", "--predictions", "no/where"], "--predictions: no/where"),
+    (["--model", "x", "--task", "facts", "--predictions", os.devnull], os.devnull),
+    (["--model", "x" * 300, "--task", "facts"], "File name too long"),
 ])
 def test_eval_refuses_wrong_flags_in_one_line(flags, said, capsys):
     assert said in refused(capsys, *flags, main=evaluation.main)
