@@ -61,7 +61,7 @@ def interval(share: float, n: int) -> tuple[float, float]:
     z = 1.96
     middle = share + z * z / (2 * n)
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
 
 
 def print_scores(scores: Scores) -> None:

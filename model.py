@@ -52,12 +52,15 @@ class Config:
 class Cache:
     """Keys and values of the tokens seen so far, in memory allocated once.
 
-    kv is (n_layers, 2, B, n_kv_heads, length, D); the first `used` positions are filled.
+    kv is (n_layers, 2, B, n_kv_heads, length, D); the first `used` positions are filled. rope holds
+    the rotations of all `length` positions.
     """
 
     def __init__(self, config: Config, batch: int, length: int, like: Tensor):
         c = config
         self.kv = like.new_empty(c.n_layers, 2, batch, c.n_kv_heads, length, c.head_dim)
+        self.rope = None if c.is_gpt2 else rotations(
+            c, torch.arange(length, device=like.device), like.dtype)
         self.used = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,8 +70,9 @@ class Cache:
         keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
-    def repeat(self, times: int) -> None:
-        """Makes each sequence of the batch `times` equal ones, side by side."""
+    def repeat(self, times: int | Tensor) -> None:
+        """Makes each sequence of the batch `times` equal ones, side by side; a tensor (B,) says
+        for each how many."""
         self.kv = self.kv.repeat_interleave(times, dim=2)
 
     def reorder(self, rows: Tensor, start: int) -> None:
@@ -96,6 +100,13 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)   # in the old context
     keep = ((turns - low) / (high - low)).clamp(0, 1)                       # 1: short wave
     return speed * (keep + (1 - keep) / s["factor"])
+
+
+def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The cos and sin that rotate() takes, each positions' shape + (D,)."""
+    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -138,7 +149,7 @@ class Attention(nn.Module):
             enable_gqa=q.shape[1] != k.shape[1])                         # (B, H, T, D)
         if T == 1:
             y = y.view(B, c.n_heads, 1, c.head_dim)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))               # (B, T, C)
+        return self.o(y.transpose(1, 2).flatten(2))                       # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -238,10 +249,9 @@ class Transformer(nn.Module):
         if c.is_gpt2:
             x = x + self.positions(positions)
         else:
-            angles = positions[..., None].float() * rope_frequencies(c, x.device)
-            angles = angles if mask is None else angles[:, None]         # (B, 1, T, D/2), (T, D/2)
-            cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-            rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)             # (..., T, D)
+            positions = positions if mask is None else positions[:, None]        # (B, 1, T), (T,)
+            rope = (rotations(c, positions, x.dtype) if cache is None else
+                    tuple(table[positions] for table in cache.rope))             # (..., T, D)
         for layer in self.layers:
             if self.checkpointing and self.training:
                 # The reentrant form finds no gradient behind a frozen embedding.

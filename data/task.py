@@ -3,6 +3,7 @@ score a model on them: is the target what it would write, which of the choices i
 what does it write. Each task family has its own file beside this one.
 """
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
@@ -168,26 +169,38 @@ class Score(NamedTuple):
     right: bool         # greedy decoding would write exactly the target
 
 
+@contextmanager
+def scoring(model) -> Iterator[None]:
+    """In eval mode, without gradients; back in its mode afterwards."""
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        yield
+    model.train(was_training)
+
+
 def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Score]:
     """Scores every sequence, in order."""
     scores: list = [None] * len(sequences)
-    device, was_training = model.embed.weight.device, model.training
-    model.eval()
-    with torch.inference_mode():
+    with scoring(model):
         for indices in by_length(sequences, batch_size):
-            tokens, is_target = collate([sequences[i] for i in indices], device)
-            loss, right = [], []
-            for hidden, gold in zip(*(part.split(4096) for part in
-                                      target_hidden(model, tokens, is_target))):
-                logits = model.logits(hidden).float()          # at most 4096 rows at a time
-                loss.append(F.cross_entropy(logits, gold, reduction="none"))
-                right.append(logits.argmax(-1) == gold)
-            loss, right = torch.cat(loss), torch.cat(right)
-            counts = is_target[:, 1:].sum(1).tolist()
-            for i, l, r in zip(indices, loss.split(counts), right.split(counts)):
-                scores[i] = Score(l.double().sum().item(), len(l), bool(r.all()))
-    model.train(was_training)
+            tokens, is_target = collate([sequences[i] for i in indices], model.embed.weight.device)
+            found = scores_of(model, *target_hidden(model, tokens, is_target), is_target)
+            for i, score in zip(indices, found):
+                scores[i] = score
     return completed(scores)
+
+
+def scores_of(model, hidden: Tensor, gold: Tensor, is_target: Tensor) -> list[Score]:
+    """What target_hidden() gives of a batch -> the score of each row."""
+    loss, right = [], []
+    for states, tokens in zip(hidden.split(4096), gold.split(4096)):    # logits are wide
+        logits = model.logits(states).float()
+        loss.append(F.cross_entropy(logits, tokens, reduction="none"))
+        right.append(logits.argmax(-1) == tokens)
+    counts = is_target[:, 1:].sum(1).tolist()
+    return [Score(l.double().sum().item(), len(l), bool(r.all()))
+            for l, r in zip(torch.cat(loss).split(counts), torch.cat(right).split(counts))]
 
 
 def by_length(sequences: list[Sequence], batch_size: int,
@@ -219,10 +232,35 @@ def recall(model, tokenizer, examples: list[Example], batch_size: int, max_lengt
 def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
                   max_length: int) -> list[list[float]]:
     """Of each example -log p(choice | prompt) for each of its choices, in nats."""
-    sequences = [sequence for e in examples
-                 for sequence in encode_targets(e.prompt, e.choices, tokenizer, max_length)]
-    losses = iter(s.loss for s in score_targets(model, known(sequences, model), batch_size))
-    return [[next(losses) for _ in example.choices] for example in examples]
+    rows = [known(encode_targets(e.prompt, e.choices, tokenizer, max_length), model)
+            for e in examples]
+    losses: list = [None] * len(rows)
+    widest = max((len(row) for row in rows), default=1)
+    with scoring(model):
+        for indices in by_length([row[0] for row in rows], max(1, batch_size // widest)):
+            found = iter(score_choices(model, [rows[i] for i in indices]))
+            for i in indices:
+                losses[i] = [next(found).loss for _ in rows[i]]
+    return completed(losses)
+
+
+def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
+    """The sequences of all rows, one after the other. Those of a row begin with the same tokens,
+    which pass the model once: their keys and values are cached, then repeated."""
+    device = model.embed.weight.device
+    shared = [min(s.start for s in row) - 1 for row in rows]    # one before the first target token
+    heads, _ = collate([Sequence(row[0].tokens[:n], n) for row, n in zip(rows, shared)], device)
+    tails = [Sequence(s.tokens[n:], s.start - n) for row, n in zip(rows, shared) for s in row]
+    tokens, is_target = collate(tails, device)
+    cache = model.make_cache(len(rows), heads.shape[1] + tokens.shape[1])
+    model.hidden(heads, cache=cache)                            # (padded on the right, like tails)
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    cache.repeat(counts)
+    real = torch.arange(heads.shape[1], device=device) < torch.tensor(shared, device=device)[:, None]
+    mask = torch.cat((real.repeat_interleave(counts, 0), torch.ones_like(is_target[:, 1:])), 1)
+    keep = is_target[:, 1:]
+    hidden = model.hidden(tokens[:, :-1], mask, cache)[keep]
+    return scores_of(model, hidden, tokens[:, 1:][keep], is_target)
 
 
 def write(model, tokenizer, examples: list[Example], batch_size: int, max_length: int,

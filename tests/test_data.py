@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from data.task import (Example, Sequence, choice_losses, collate, encode, encode
 from data.world import World, cloze
 from eval import sample
 from generate import generate
+from model import Transformer
 
 
 def test_an_example_is_bos_prompt_target_eos_and_the_loss_counts_the_answer(base):
@@ -53,6 +55,26 @@ def test_all_choices_are_read_after_the_same_prompt(base):
         score_targets(model, [alone], 1)[0].loss, rel=1e-6)
     with pytest.raises(UserError, match="--max-length 6.*eleven"):
         encode_targets(prompt, example.choices, tokenizer, 6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, family):
+    """The prompts differ in length, one has bos alone; so do the choices, in length and number."""
+    model, tokenizer = base
+    if family == "gpt2":
+        c = model.config
+        model = Transformer(replace(c, model_type="gpt2", qkv_bias=True, o_bias=True, mlp_bias=True,
+                                    n_kv_heads=c.n_heads)).init_weights()
+    examples = [Example(prompt, choices[0], choices) for prompt, choices in (
+        ("Question: Where does Ann live? Answer:", (" here", " there and everywhere", " no")),
+        ("", ("A", "The end")), ("One two three", (" four",)),
+        ("Ann's pet is", (" a cat", " a dog", " a dog and a cat")))]
+    alone = [[score_targets(model, [s], 1)[0].loss
+              for s in encode_targets(e.prompt, e.choices, tokenizer, 99)] for e in examples]
+    for batch_size in (1, 6, 99):
+        losses = choice_losses(model, tokenizer, examples, batch_size, 99)
+        assert [len(row) for row in losses] == [3, 2, 1, 3]
+        assert sum(losses, []) == pytest.approx(sum(alone, []), rel=1e-5)
 
 
 def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):
