@@ -191,13 +191,15 @@ def peak_bytes(call: Callable, owned: set[int], where: str) -> int:
 def peak_resident_bytes(call: Callable) -> int | None:
     """How far the memory of this process rises; None where the system does not tell."""
     status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not refs.exists():               # Linux alone lets a process reset its peak
-        return None
 
     def kilobytes(name: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines()
                     if line.startswith(name))
 
+    try:
+        refs.write_text("5")            # Linux alone lets a process reset its peak
+    except OSError:
+        return None
     ctypes.CDLL(None).malloc_trim(0)    # freed memory goes back, else its reuse would go unseen
     refs.write_text("5")
     before = kilobytes("VmRSS")
@@ -376,11 +378,12 @@ def layer_table(n_in: int, n_out: int, tokens: int, args: Namespace) -> list[dic
     rows = measure(contenders, 9 if max(n_in, n_out) > 1024 else 15, args.device)
     for name, contender in contenders.items():
         layers = contender.layers
-        plain = name.partition(",")[0].removeprefix("peft ")
+        plain = name.removeprefix("peft ")
         rows[name] |= {
             "n_in": n_in, "n_out": n_out, "tokens": tokens,
             "kept_bytes": kept_for_backward(contender.forward, contender.owned),
-            "work": costs.work(plain, n_in, n_out, tokens, RANK),
+            "work": (costs.work(plain, n_in, n_out, tokens, RANK) if name not in PLAIN else
+                     flops(contender.forward_backward) / (4 * tokens * n_in * n_out)),
             "merge_seconds": min(timed([layers[0].merged_weight], args.device)[0]
                                  for _ in range(5)) if layers else None}
     table(f"one layer {n_out} x {n_in}, {tokens} tokens, rank {RANK}: a training step", [{
@@ -682,27 +685,33 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="also 2048 and 4096 wide, and 110 M")
     parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=PRECISIONS, help="fp32, on a GPU bf16")
-    parser.add_argument("--figure", type=new_file, metavar="FILE", help="a PNG of the part growth")
+    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw the part growth: FILE.png, "
+                        "and its numbers in FILE.json")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all that was measured")
     args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             raise UserError(f"{part}: no part of the bench" + nearest(part, PARTS))
-    if args.figure and "growth" not in (args.parts or PARTS):
-        raise UserError("--figure draws the part growth: name it, too")
+    if args.figure:
+        if "growth" not in (args.parts or PARTS):
+            raise UserError("--figure draws the part growth: name it, too")
+        if args.figure.suffix != ".png" or args.json == args.figure.with_suffix(".json"):
+            raise UserError("--figure: a name that ends in .png; its numbers go to the same name "
+                            "with .json, so --json needs another")
     args.bf16 = (args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")) == "bf16"
-    machine = {"device": args.device, "dtype": "bf16" if args.bf16 else "fp32",
+    found = {"device": args.device, "dtype": "bf16" if args.bf16 else "fp32",
                "machine": hardware(args.device), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "peft": peft and peft.__version__,
                "transformers": peft and transformers.__version__}
-    print(", ".join(f"{name} {value}" for name, value in machine.items() if value))
-    results = {part: PARTS[part](args) for part in args.parts or PARTS}
+    print(", ".join(f"{name} {value}" for name, value in found.items() if value))
+    for part in args.parts or PARTS:
+        found[part] = PARTS[part](args)
+        if args.json:                           # after each, so that a stop loses one at most
+            with atomic_write(args.json) as path:
+                path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if BARS:
         table("bars", [{"": what, "measured": f"{value:.2f}", "at most": f"{bar:.2f}",
                         " ": "met" if value <= bar else "not met"} for what, value, bar in BARS])
-    if args.json:
-        with atomic_write(args.json) as path:
-            path.write_text(json.dumps(machine | results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -103,47 +103,53 @@ def flops_per_token(c: Config, method: str, targets: list[str], r: int, length: 
     return 2 * (c.n_layers * total + head)
 
 
-def kept_by_block(c: Config, method: str, targets: list[str], r: int) -> float:
-    """Numbers a token that autograd keeps of a block.
+def kept_by_block(c: Config, method: str, targets: list[str], r: int, bf16: bool = False) -> float:
+    """Bytes a token that autograd keeps of a block.
 
-    Always: what its two norms read; q, k, v, the attention's output, its log-sums; gate, silu(gate)
-    and up. Where a layer trains, its input, once for all that share it (o's is the attention's
-    output); the method's own; for `full`, whose norms train, what they scale.
+    Always: what its two norms read, in float32 even with --dtype bf16; q, k, v, the attention's
+    output, its log-sums; gate, silu(gate) and up. Where a layer trains, its input, once for all
+    that share it (o's is the attention's output); the method's own. For `full` also what the norms
+    scale; and with bf16, where its weights and so the stream are float32, each layer casts its
+    input for itself.
     """
     q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    trained = set(linears(c)) if method == "full" else set(targets)
-    total = 2 * c.d_model + 2 * q + 2 * kv + c.n_heads + 3 * c.d_ff
-    total += c.d_model * bool(trained & {"q", "k", "v"}) + c.d_model * bool(trained & {"gate", "up"})
-    total += c.d_ff * ("down" in trained) + 2 * c.d_model * (method == "full")
-    return total + sum(kept(method, *linears(c)[name], 1, r) for name in trained)
+    full, trained = method == "full", set(linears(c)) if method == "full" else set(targets)
+    size, norms = 2 if bf16 else 4, 2 * c.d_model * (1 + full)
+    inputs = c.d_ff * ("down" in trained)
+    for sharing in ({"q", "k", "v"} & trained, {"gate", "up"} & trained):
+        inputs += c.d_model * (len(sharing) if full and bf16 else bool(sharing))
+    own = sum(kept(method, *linears(c)[name], 1, r) for name in trained)
+    return 4 * (norms + c.n_heads) + size * (2 * q + 2 * kv + 3 * c.d_ff + inputs + own)
 
 
-def kept_by_model(c: Config, method: str, targets: list[str], r: int) -> float:
-    """Numbers a token that autograd keeps of the model, the loss on every token: its blocks, the
-    last norm, the log-probabilities."""
-    last = c.d_model * (3 if method == "full" else 1)
-    return c.n_layers * kept_by_block(c, method, targets, r) + last + c.vocab_size
+def kept_by_model(c: Config, method: str, targets: list[str], r: int, bf16: bool = False) -> float:
+    """Bytes a token that autograd keeps of the model, the loss on every token: its blocks, the
+    last norm, the log-probabilities in float32."""
+    last = 4 * c.d_model + (method == "full") * (6 if bf16 else 8) * c.d_model
+    return (c.n_layers * kept_by_block(c, method, targets, r, bf16) + last + 4 * c.vocab_size)
 
 
 def memory(c: Config, method: str, targets: list[str], r: int, tokens: int,
            checkpointing: bool = False) -> dict[str, float]:
     """Bytes of a training step with --dtype bf16.
 
-    weights: the frozen base in bf16; for `full` float32, and the bf16 copies that autocast makes.
+    weights: the frozen base in bf16; for `full` float32, and autocast's bf16 copies, which
+        backward needs, but not with --grad-checkpointing.
     training: a parameter in float32, its gradient, Adam's two averages; AdaLoRA's own two more,
         LoRA-Dash's frozen directions.
-    activations: what autograd keeps, bf16; the log-probabilities of all tokens, float32. With
-        --grad-checkpointing each block's input, and all of one block.
+    activations: at most, which is when backward begins: what autograd keeps, and of each token
+        two gradients as long as its log-probabilities, float32. With --grad-checkpointing each
+        block's input, and those or all of one block, whichever is more.
     """
     n = trainable(c, method, targets, r)
-    activations = kept_by_model(c, method, targets, r)
-    if checkpointing:
-        block = kept_by_block(c, method, targets, r)
-        activations -= (c.n_layers - 1) * block - c.n_layers * c.d_model
     fixed = DIRECTIONS * c.n_layers * sum(sum(linears(c)[name]) for name in targets)
+    block = kept_by_block(c, method, targets, r, bf16=True)
+    loss = kept_by_model(c, method, targets, r, bf16=True) - c.n_layers * block + 8 * c.vocab_size
+    inputs = c.n_layers * c.d_model * (4 if method == "full" else 2)
     return {
-        "weights": weights(c) * (2 if method != "full" else 6),
+        "weights": weights(c) * (2 if method != "full" else 4 if checkpointing else 6),
         "training": (12 if method == "full" else 16) * n + 8 * n * (method == "adalora")
                     + 4 * fixed * (method == "dash"),
-        "activations": tokens * (2 * activations + 2 * c.vocab_size),
+        "activations": tokens * (inputs + max(loss, block) if checkpointing else
+                                 c.n_layers * block + loss),
     }

@@ -327,9 +327,11 @@ def stop_not_finite(step: int, loss: float, extra: float, norm: float, run: Run)
     of these very weights is none to go on from."""
     if rank() == 0:
         good = run.folder / (BEFORE if run.newest == step else NEWEST)
+        own = run.replacing is None                     # else what is there is the older run's
         print(f"error: step {step}: loss {loss}, extra loss {extra}, gradient norm {norm}; a lower "
               "--lr may help; "
-              + (f"the last good state is {good}" if good.exists() else "no good state was saved"),
+              + (f"the last good state is {good}" if own and good.exists() else
+                 "no good state was saved"),
               file=sys.stderr)
     sys.exit(1)
 

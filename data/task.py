@@ -256,8 +256,12 @@ def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
     model.hidden(heads, cache=cache)                            # (padded on the right, like tails)
     counts = torch.tensor([len(row) for row in rows], device=device)
     cache.repeat(counts)
-    real = torch.arange(heads.shape[1], device=device) < torch.tensor(shared, device=device)[:, None]
-    mask = torch.cat((real.repeat_interleave(counts, 0), torch.ones_like(is_target[:, 1:])), 1)
+
+    def real(lengths: list[int], width: int) -> Tensor:         # (len(lengths), width), no padding
+        return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
+
+    mask = torch.cat((real(shared, heads.shape[1]).repeat_interleave(counts, 0),
+                      real([len(s.tokens) for s in tails], tokens.shape[1])[:, 1:]), 1)
     keep = is_target[:, 1:]
     hidden = model.hidden(tokens[:, :-1], mask, cache)[keep]
     return scores_of(model, hidden, tokens[:, 1:][keep], is_target)

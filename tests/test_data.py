@@ -75,6 +75,13 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
         losses = choice_losses(model, tokenizer, examples, batch_size, 99)
         assert [len(row) for row in losses] == [3, 2, 1, 3]
         assert sum(losses, []) == pytest.approx(sum(alone, []), rel=1e-5)
+    # a long prompt beside a long choice: padding takes no positions, of which there are no more
+    model = Transformer(replace(model.config, max_positions=32, n_kv_heads=model.config.n_heads))
+    model.init_weights()
+    examples = [Example("Ann " * 20, " no", (" no", " yes")),
+                Example("Ann", " no" * 20, (" no" * 20, " yes"))]
+    alone, together = (choice_losses(model, tokenizer, examples, size, 32) for size in (1, 99))
+    assert sum(together, []) == pytest.approx(sum(alone, []), rel=1e-5)
 
 
 def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):
