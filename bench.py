@@ -659,10 +659,10 @@ def score_part(args: Namespace) -> list[dict]:
     task = load_task("mini", tokenizer, max_length)
     seconds = min(timed([lambda: score(model, tokenizer, task)], args.device)[0]
                   for _ in range(3))
-    row = {"items": len(task.test), "seconds": seconds, "items_per_second": len(task.test) / seconds}
-    table("eval.py on `mini`", [{"items": f"{row['items']:,}", "s": f"{seconds:.1f}",
-                                 "items / s": f"{row['items_per_second']:.0f}"}])
-    return [row]
+    n = len(task.test)
+    table("eval.py on `mini`", [{"items": f"{n:,}", "s": f"{seconds:.1f}",
+                                 "items / s": f"{n / seconds:.0f}"}])
+    return [{"items": n, "seconds": seconds, "items_per_second": n / seconds}]
 
 
 # ---- the command
@@ -685,8 +685,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--all", action="store_true", help="also 2048 and 4096 wide, and 110 M")
     parser.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=PRECISIONS, help="fp32, on a GPU bf16")
-    parser.add_argument("--figure", type=new_file, metavar="FILE", help="draw the part growth: FILE.png, "
-                        "and its numbers in FILE.json")
+    parser.add_argument("--figure", type=new_file, metavar="FILE.png",
+                        help="draw the part growth; its numbers go to FILE.json")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write all that was measured")
     args = parser.parse_args(argv)
     for part in args.parts:

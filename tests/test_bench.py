@@ -45,6 +45,8 @@ def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny,
 @pytest.mark.parametrize("argv, message", [
     (["layers"], "did you mean layer?"), (["--al"], "did you mean --all?"),
     (["sizes", "--json", "/no/such/folder/x.json"], "--json: /no/such/folder/x.json"),
-    (["layer", "--figure", "x.png"], "--figure"), (["sizes", "--device", "tpu9"], "--device")])
+    (["layer", "--figure", "x.png"], "--figure"), (["growth", "--figure", "x.jpg"], "--figure"),
+    (["growth", "--figure", "x.png", "--json", "x.json"], "--json needs another"),
+    (["sizes", "--device", "tpu9"], "--device")])
 def test_wrong_input(argv, message, capsys):
     assert message in refused(capsys, *argv, main=bench.main)
