@@ -28,7 +28,7 @@ from common import (Parser, UserError, default_device, device, exit_on_user_erro
                     nearest)
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, target_loss
-from distributed import meeting, parallel, rank, start, summed, world
+from distributed import everyones, meeting, parallel, rank, start, summed, world
 from eval import BATCH_SIZE, MAX_LENGTH, open_model, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
@@ -401,6 +401,7 @@ def main(argv: list[str] | None = None) -> None:
         resolve(args)
         args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     start(args.device)
+    everyones(None)             # all have seen that --out is free, before the first makes it
     run = Run()
     try:
         train(args, run)
