@@ -22,9 +22,7 @@ seconds of two runs.
 import copy
 import ctypes
 import json
-import platform
 import random
-import re
 import statistics
 import tempfile
 import time
@@ -57,7 +55,7 @@ from lora import AdapterLinear
 from methods import METHODS, inject
 from model import Config, Transformer
 from plots import LogLocator, line_of, plt, save_figure
-from run import PRECISIONS, ROOT
+from run import PRECISIONS, ROOT, hardware
 from train import contract
 
 try:
@@ -179,6 +177,7 @@ class TensorMemory(TorchDispatchMode):
 def peak_bytes(call: Callable, owned: set[int], where: str) -> int:
     """How far the memory of tensors rises above that of `owned`."""
     if where.startswith("cuda"):
+        torch.ones(1, 1, device=where).mm(torch.ones(1, 1, device=where))   # cuBLAS's workspace
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)
         call()
@@ -186,6 +185,18 @@ def peak_bytes(call: Callable, owned: set[int], where: str) -> int:
     with TensorMemory(owned) as memory:
         call()
     return memory.peak
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep what is freed, as torch does on a GPU. Else it hands large blocks back to
+    the system and gets them again, page by page, in the next step: that is no method's cost, but
+    falls on those whose peak is just above what the process still holds."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
+        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: never trim
+    except (OSError, AttributeError, TypeError):    # not glibc
+        pass
 
 
 def peak_resident_bytes(call: Callable) -> int | None:
@@ -288,6 +299,7 @@ def adapted(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -
 def measure(contenders: dict[str, Contender], rounds: int, where: str) -> dict[str, dict]:
     """name -> peak_bytes of its first two steps, and of later ones the time of forward and backward
     (fb_) and of the whole step."""
+    keep_freed_memory()
     peaks = {name: peak_bytes(lambda: (c.step(), c.step()), c.owned, where)
              for name, c in contenders.items()}         # Adam's averages appear after the first
     times = race({name: [c.forward_backward, c.rest] for name, c in contenders.items()}, rounds,
@@ -478,7 +490,6 @@ def model_table(size: str, args: Namespace) -> list[dict]:
     return list(rows.values())
 
 
-
 # ---- part: growth
 AXES = {"rank": (2, 4, 8, 16, 32, 64, 128), "tokens": (256, 512, 1024, 2048, 4096, 8192),
         "width": (256, 512, 1024, 2048, 4096)}
@@ -666,14 +677,6 @@ def score_part(args: Namespace) -> list[dict]:
 
 
 # ---- the command
-def hardware(where: str) -> str:
-    if where.startswith("cuda"):
-        return torch.cuda.get_device_name(where)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 PARTS = {"layer": layer_part, "model": model_part, "growth": growth_part, "sizes": sizes_part,
          "generate": generate_part, "load": load_part, "score": score_part}
 

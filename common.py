@@ -30,8 +30,8 @@ def flag(name: str) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorator for a script's main(): a UserError, or a file that cannot be used, ends it with one
-    line on stderr and status 2; Ctrl-C with one line and 130."""
+    """Decorator for a script's main(): a UserError, a file that cannot be used or a GPU whose memory
+    is full ends it with one line on stderr and status 2; Ctrl-C with one line and 130."""
     def end(line: str, status: int):
         if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
             print(" ".join(line.split()), file=sys.stderr)
@@ -47,6 +47,8 @@ def exit_on_user_error(main: Callable) -> Callable:
             if error.filename is None:
                 raise
             end(f"error: {error.filename}: {error.strerror}", 2)
+        except torch.OutOfMemoryError as error:
+            end(f"error: out of memory: {error}", 2)
         except KeyboardInterrupt:
             end("stopped", 130)
     return wrapper

@@ -36,15 +36,17 @@ def sign_(x):
 
 
 class Sign(torch.autograd.Function):
-    """Sign with the straight-through gradient dL/dx = clip(dL/dSign, -1, 1): its own is 0."""
+    """Sign with the straight-through gradient dL/dx = clip(dL/dSign, -limit, limit); the paper's
+    limit is 1, and Sign's own gradient 0."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, limit):
+        ctx.limit = limit
         return sign_(x.clone())
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.clamp(-1, 1)
+        return grad.clamp(-ctx.limit, ctx.limit), None
 
 
 def blocks(A, B, C, D, spare=0):
@@ -82,9 +84,9 @@ class DualProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, W0, bias, A, B, C, D, scale):
+    def forward(ctx, x, W0, bias, A, B, C, D, scale, limit):
         ctx.save_for_backward(x, W0, A, B, C, D)
-        ctx.scale = scale
+        ctx.scale, ctx.limit = scale, limit
         if scale == 0:   # blocks might round differently: this is the pretrained layer to the bit
             return F.linear(x, W0.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = x.new_empty(len(x), len(B))
@@ -98,7 +100,7 @@ class DualProduct(torch.autograd.Function):
     def backward(ctx, grad):
         x, W0, A, B, C, D = ctx.saved_tensors
         scale = ctx.scale
-        limit = 1 / scale if scale else math.inf
+        limit = ctx.limit / scale if scale else math.inf
         dx = torch.empty_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
         dA, dB, dC, dD = (torch.zeros_like(matrix) for matrix in (A, B, C, D))
         for rows, M, U, buffer in blocks(A, B, C, D, spare=1):
@@ -108,7 +110,7 @@ class DualProduct(torch.autograd.Function):
                 add_product(dx, g, W, first=rows.start == 0)
             G = buffer                                                    # dL/dW', (n, in)
             add_product(G, g.t(), x, first=True)
-            # `scale` waits for the thin results: clip(scale v, -1, 1) = scale clip(v, -+1/scale).
+            # `scale` waits for the thin results: clip(scale v, -+1) = scale clip(v, -+1/scale).
             dDC = M.mul_(G).clamp_(-limit, limit)                         # through Sign
             dBA = G.mul_(U.sign_())    # through ReLU: U's sign is Sign(D C), or 0 where it is off
             dC.addmm_(D[rows].t(), dDC)
@@ -116,7 +118,7 @@ class DualProduct(torch.autograd.Function):
             torch.mm(dDC, C.t(), out=dD[rows])
             torch.mm(dBA, A.t(), out=dB[rows])
         dx = dx if dx is None else dx.to(x.dtype)
-        return dx, None, None, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None
+        return dx, None, None, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None
 
 
 _cold = weakref.WeakKeyDictionary()   # layers used at warmup 0 -> whether an optimizer moved them
@@ -146,13 +148,16 @@ class DualLoRALinear(AdapterLinear):
     Dropout, which the paper leaves open, acts on the update alone: W0 x + dW dropout(x), the form
     LoRA has too; it costs a second product with x. The clip in Sign's gradient is not linear:
     where it binds, a loss scaled for fp16, or split in micro-batches, gives other gradients.
-    rank below 2, r1, r2, update_warmup or init_std out of range: UserError.
+    Without `clip` the gradient passes Sign as it is. C and D have direction_lr times the learning
+    rate of A and B.
+    rank below 2, r1, r2, update_warmup, init_std or direction_lr out of range: UserError.
     """
     fast = ("B", "D")
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
                  r1: int | None = None, r2: int | None = None,
-                 update_warmup: int = 20, init_std: float = 0.06):
+                 update_warmup: int = 20, init_std: float = 0.06, clip: bool = True,
+                 direction_lr: float = 1.0):
         super().__init__(base, rank, alpha, dropout)
         largest = min(base.in_features, base.out_features)
         check_whole("rank, shared by magnitude and direction,", rank, 2, largest)
@@ -163,8 +168,12 @@ class DualLoRALinear(AdapterLinear):
         check_whole("update_warmup", update_warmup, 0)
         if not 0 < init_std < math.inf:
             raise UserError(f"init_std must be above 0 and finite, not {init_std}")
+        if not 0 < direction_lr < math.inf:
+            raise UserError(f"direction_lr must be above 0 and finite, not {direction_lr}")
         self.r1, self.r2, self.scale = r1, r2, alpha / math.sqrt(r1 * r2)
-        self.update_warmup = update_warmup
+        self.update_warmup, self.init_std = update_warmup, init_std
+        self.clip, self.direction_lr = clip, direction_lr
+        self.limit = 1.0 if clip else math.inf
         self.A = nn.Parameter(self.empty(r1, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, r1))
         self.C = nn.Parameter(self.empty(r2, base.in_features))
@@ -175,7 +184,7 @@ class DualLoRALinear(AdapterLinear):
 
     def delta_weight(self):
         magnitude = torch.relu(self.B @ self.A)      # (out, in)
-        direction = Sign.apply(self.D @ self.C)      # (out, in)
+        direction = Sign.apply(self.D @ self.C, self.limit)      # (out, in)
         return self.warmup * self.scale * magnitude * direction
 
     def forward(self, x):
@@ -194,8 +203,11 @@ class DualLoRALinear(AdapterLinear):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         y = DualProduct.apply(x.reshape(-1, x.shape[-1]), W0, bias, self.A, self.B, self.C, self.D,
-                              warmup * self.scale)
+                              warmup * self.scale, self.limit)
         return y.reshape(*x.shape[:-1], len(self.B))
+
+    def rate(self, name: str) -> float:
+        return self.direction_lr if name in ("C", "D") else 1.0
 
     @classmethod
     def plan(cls, layers, total_steps: int) -> str:

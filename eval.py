@@ -40,14 +40,14 @@ def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtyp
 def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
           batch_size: int = BATCH_SIZE) -> Scores:
     """Of a task's split, or of at most `max_eval` of its examples."""
-    examples = getattr(task, split)
-    if max_eval is not None and max_eval < len(examples):
-        examples = sample(examples, max_eval)
-    return task.score(model, tokenizer, examples, batch_size)
+    return task.score(model, tokenizer, sample(getattr(task, split), max_eval), batch_size)
 
 
-def sample(examples: list, n: int) -> list:
-    """n examples, as many of each group where it has them, evenly spread (at least one of each)."""
+def sample(examples: list, n: int | None) -> list:
+    """n examples, as many of each group where it has them, evenly spread (at least one of each);
+    None: all."""
+    if n is None or n >= len(examples):
+        return examples
     groups = defaultdict(list)
     for example in examples:
         groups[getattr(example, "group", "")].append(example)

@@ -78,6 +78,10 @@ class AdapterLinear(nn.Module):
     def forward(self, x):
         return F.linear(x, self.merged_weight().to(self.base.weight.dtype), self.base.bias)
 
+    def rate(self, name: str) -> float:
+        """The learning rate of the layer's parameter `name` over the run's, LoRA+'s ratio apart."""
+        return 1.0
+
     @classmethod
     def extra_loss(cls, layers: Iterable["AdapterLinear"]):
         """A scalar that the loop adds to the loss; `layers`: all adapter layers of the model."""

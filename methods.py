@@ -149,15 +149,19 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
                  lr_ratio: float = 1.0) -> list[dict]:
-    """Optimizer groups: each trainable parameter in one, `fast` ones at lr * lr_ratio."""
-    fast = {id(getattr(layer, name)) for layer in adapters(model).values() for name in layer.fast}
-    if lr_ratio != 1 and not fast:
+    """Optimizer groups: each trainable parameter in one, at lr times its layer's rate for it;
+    `fast` ones at lr_ratio times that."""
+    layers = adapters(model).values()
+    if lr_ratio != 1 and not any(layer.fast for layer in layers):
         raise UserError("lr_ratio has no effect here: the method has no parameters to speed up")
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trainable if (id(p) in fast) == is_fast], lr=rate,
-                   weight_decay=weight_decay)
-              for is_fast, rate in ((False, lr), (True, lr * lr_ratio))]
-    return [group for group in groups if group["params"]]
+    rates = {id(p): lr * layer.rate(name) * (lr_ratio if name in layer.fast else 1)
+             for layer in layers for name, p in layer.named_parameters(recurse=False)}
+    groups: dict[float, list] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            groups.setdefault(rates.get(id(p), lr), []).append(p)
+    return [dict(params=params, lr=rate, weight_decay=weight_decay)
+            for rate, params in groups.items()]
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ log.jsonl            a line a step
 checkpoint.pt        all that training changes; until the end also checkpoint-before.pt, its
                      predecessor, in case that the disk spoils it
 adapter.safetensors  the trained adapters
+snapshots/           with --snapshot-every: the adapters after so many steps, <step>.safetensors
 result.json          the scores before and after: here the run is finished
 Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
 step. Of several processes (distributed.py) the first one writes; all must see the folder. Two runs
@@ -15,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -31,11 +33,12 @@ from common import UserError, atomic_write, flag, writing
 from data import OPTIONS
 from data.world import VERSION
 from distributed import everyones, rank
-from methods import METHODS, load, state
+from methods import METHODS, load, save, state
 
 ROOT = Path(__file__).resolve().parent
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+SNAPSHOTS = "snapshots"
 FILES = ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl")    # and config.json
 
 
@@ -96,9 +99,9 @@ class Run:
         path = self.folder / "log.jsonl"
         if self.replacing is not None:
             if rank() == 0:
-                for name in FILES:
-                    with writing(self.folder / name):
-                        (self.folder / name).unlink(missing_ok=True)
+                for path in (*(self.folder / name for name in FILES), *snapshots(self.folder)):
+                    with writing(path):
+                        path.unlink(missing_ok=True)
             self.write("config.json", self.replacing)
             self.replacing = None
         if rank() == 0:
@@ -116,6 +119,10 @@ class Run:
                 if newest.exists():
                     newest.replace(before)
         self.newest = step
+
+    def snapshot(self, model, step: int) -> None:
+        if rank() == 0:
+            save(model, self.folder / SNAPSHOTS / f"{step:06d}.safetensors")
 
     def identity(self) -> str:
         return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
@@ -155,6 +162,11 @@ class Run:
         self.write("result.json", result)
         if rank() == 0:
             (self.folder / BEFORE).unlink(missing_ok=True)
+
+
+def snapshots(folder: str | Path) -> list[Path]:
+    """The run's snapshots, oldest first."""
+    return sorted(Path(folder, SNAPSHOTS).glob("*.safetensors"))
 
 
 def folders(args: Namespace) -> Iterator[str]:
@@ -260,10 +272,12 @@ def read_run(folder: str) -> Namespace:
     return Namespace(**read_config(folder)["args"])
 
 
-def resumed(given: Namespace) -> Namespace:
-    """The flags of the run in --out; a flag that was given, too, must be the run's own. Where the
-    whole run was asked for, and not only to go on, a finished one is as good: ends with status 0.
-    """
+def finished(folder: str | Path) -> bool:
+    return all((Path(folder) / name).exists() for name in ("result.json", "adapter.safetensors"))
+
+
+def saved_flags(given: Namespace) -> Namespace:
+    """The flags of the run in --out. UserError: one that was given, too, is not the run's own."""
     saved = read_run(given.out)
     for name, value in vars(given).items():
         if name not in saved:
@@ -273,7 +287,14 @@ def resumed(given: Namespace) -> Namespace:
                 and value != own and not same_path(value, own)):
             raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
                             f"own flags")
-    if all((Path(given.out) / name).exists() for name in ("result.json", "adapter.safetensors")):
+    return saved
+
+
+def resumed(given: Namespace) -> Namespace:
+    """saved_flags() to go on with. Where the whole run was asked for, and not only to go on, a
+    finished one is as good: ends with status 0."""
+    saved = saved_flags(given)
+    if finished(given.out):
         if given.method is None and given.from_peft is None:
             raise UserError(f"--out {given.out}: the run is finished, there is nothing to resume")
         print(f"{given.out}: finished already")
@@ -333,6 +354,15 @@ def versions() -> dict:
     return {"python": platform.python_version(), "torch": torch.__version__,
             "world": VERSION, "commit": commit, "machine": platform.machine(),
             "threads": torch.get_num_threads()}
+
+
+def hardware(device: str) -> str:
+    """The name of the processor that a device is."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_memory_mb(device: str) -> float | None:

@@ -27,9 +27,9 @@ from tqdm import tqdm
 from common import (Parser, UserError, default_device, device, exit_on_user_error, flag,
                     nearest)
 from data import OPTIONS, TASKS, load_task, options_of
-from data.task import Example, collate, encode_all, target_loss
+from data.task import Example, collate, encode_all, score_targets, target_loss
 from distributed import everyones, meeting, parallel, rank, start, summed, world
-from eval import BATCH_SIZE, MAX_LENGTH, open_model, score
+from eval import BATCH_SIZE, MAX_LENGTH, open_model, sample, score
 from lora import AdapterLinear
 from methods import METHODS, adapters, inject, param_groups, save, state
 from peft_files import import_peft, peft_method, read_peft_config
@@ -55,6 +55,8 @@ HELP = defaultdict(str, {
     "r2": "rank of the direction D C",
     "update_warmup": "steps over which the update grows from 0 to its full size",
     "init_std": "standard deviation of the four matrices at the start",
+    "clip": "clip the gradient through Sign at 1",
+    "direction_lr": "learning rate of C and D over that of A and B",
 })
 
 
@@ -80,7 +82,7 @@ def parse(argv: list[str] | None) -> Namespace:
     for name, (users, default) in HYPER.items():
         kind = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
                 dict(type=int if default is None else type(default)))
-        shown = "from --rank" if default is None else "no" if default is False else default
+        shown = {None: "from --rank", False: "no", True: "yes"}.get(default, default)
         adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)}: {HELP[name]} ({shown})")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
@@ -90,12 +92,12 @@ def parse(argv: list[str] | None) -> Namespace:
     loop.add_argument("--epochs", type=float, help="instead of --steps")
     loop.add_argument("--batch-size", type=int, help="examples an optimizer step (per task)")
     loop.add_argument("--grad-accum", type=int, help="micro-batches that a batch is cut into (1)")
-    loop.add_argument("--grad-checkpointing", action="store_true", default=None,
+    loop.add_argument("--grad-checkpointing", action=BooleanOptionalAction,
                       help="compute each block again in backward: less memory, more time")
     loop.add_argument("--dtype", choices=PRECISIONS,
                       help="of the base model and, by autocast, of the products; adapters stay "
                            "fp32, and so do the weights of full (fp32)")
-    loop.add_argument("--compile", action="store_true", default=None,
+    loop.add_argument("--compile", action=BooleanOptionalAction,
                       help="torch.compile; needs a C++ compiler")
     loop.add_argument("--max-length", type=int, help=f"tokens of an example ({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
@@ -107,12 +109,25 @@ def parse(argv: list[str] | None) -> Namespace:
     run.add_argument("--eval-batch-size", type=int, help="texts, or beams of them, scored at once: "
                                                          f"speed and memory only ({BATCH_SIZE})")
     run.add_argument("--save-every", type=int, help="steps between checkpoints (100)")
+    run.add_argument("--snapshot-every", type=int,
+                     help="steps between copies of the adapters, for analyze.py (none)")
     run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     run.add_argument("--resume", action="store_true",
                      help="go on with the run in --out; with all its flags given, begin it if need "
                           "be: the same command again does what is left")
     return parser.parse_args(argv)
+
+
+def unused_flags(method: str) -> list[str]:
+    """The names of the flags that mean nothing to a method."""
+    layer, own = METHODS[method].layer, METHODS[method].hyper
+    unused = [name for name in HYPER if name not in own]
+    if layer is None:
+        unused += ADAPTER_FLAGS
+    if layer is None or not layer.fast:
+        unused.append("lr_ratio")
+    return unused
 
 
 def check(args: Namespace) -> None:
@@ -126,19 +141,14 @@ def check(args: Namespace) -> None:
         raise UserError(f"--method is missing; known: {', '.join(METHODS)}")
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown{nearest(args.method, METHODS)}")
-    method = METHODS[args.method]
-    unused = [name for name in HYPER if name not in method.hyper]
-    if method.layer is None:
-        unused += ADAPTER_FLAGS
-    if method.layer is None or not method.layer.fast:
-        unused.append("lr_ratio")
-    for name in unused:
+    for name in unused_flags(args.method):
         if getattr(args, name) is not None:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
     if args.steps is not None and args.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
     for name in ("rank", "steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
-                 "eval_every", "max_eval", "save_every", "epochs", "lr", "lr_ratio"):
+                 "eval_every", "max_eval", "save_every", "snapshot_every", "epochs", "lr",
+                 "lr_ratio"):
         if getattr(args, name) is not None and not 0 < getattr(args, name) < 10 ** 7:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be above 0, below 10^7")
     for name, limit in (("weight_decay", math.inf), ("warmup", 10 ** 7), ("seed", 2 ** 32)):
@@ -149,8 +159,8 @@ def check(args: Namespace) -> None:
             raise UserError(f"--out {args.out}: a file stands there")
         if not args.overwrite and not args.resume:
             raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
-        own = [name for name in ("config.json", *FILES) if Path(args.out, name).exists()]
-        if args.overwrite and own:
+        if args.overwrite and any(Path(args.out, name).exists()
+                                  for name in ("config.json", *FILES)):
             read_config(args.out)       # only a run is overwritten, not a model's config.json
 
 
@@ -160,7 +170,9 @@ def as_flags(args: Namespace) -> list[str]:
     for name, value in vars(args).items():
         if value is True:
             argv.append(flag(name))
-        elif value is not None and value is not False and name != "command":
+        elif value is False:
+            argv += [flag(f"no_{name}")] * (name not in ("resume", "overwrite"))
+        elif value is not None and name != "command":
             argv.append(f"{flag(name)}={value}")
     return argv
 
@@ -315,6 +327,8 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
             if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
                 line["valid"] = validate()
             run.log(line)
+            if args.snapshot_every and (step + 1) % args.snapshot_every == 0:
+                run.snapshot(model, step + 1)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
                 run.checkpoint(model, optimizer, step + 1)
             if stopping:
@@ -452,7 +466,8 @@ def train(args: Namespace, run: Run) -> None:
     task = load_task(args.task, tokenizer, args.max_length,
                      **{name: getattr(args, name) for name in OPTIONS})
     resolve_task(args, task)
-    sequences = encode_all(task.train, tokenizer, model, args.max_length, loss_on=args.loss_on)
+    sequences, unseen = (encode_all(split, tokenizer, model, args.max_length, loss_on=args.loss_on)
+                         for split in (task.train, sample(task.valid, args.max_eval)))
     held_out = [task.sequences(e, tokenizer, model) for e in task.valid + task.test]
     cut = {"train": sum(s.cut for s in sequences),
            "held out": sum(any(s.cut for s in of_example) for of_example in held_out)}
@@ -477,16 +492,22 @@ def train(args: Namespace, run: Run) -> None:
     def scores(split: str):
         return score(model, tokenizer, task, args.max_eval, split, args.eval_batch_size)
 
+    def validate() -> dict[str, float]:
+        """The task's metrics, and the loss a target token."""
+        found = score_targets(model, unseen, args.eval_batch_size)
+        loss = sum(s.loss for s in found) / sum(s.tokens for s in found)
+        return {"loss": loss} | scores("valid").values
+
     before = scores("test")
-    fit(model, sequences, args, run, lambda: scores("valid").values)
-    after, valid = scores("test"), scores("valid")
+    fit(model, sequences, args, run, validate)
+    after, valid = scores("test"), validate()
     if rank() > 0:
         return
     save(model, run.folder / "adapter.safetensors")
     run.finish({
         "method": args.method, "task": args.task, **counts,
         "before": before.values, "after": after.values, "counts": after.counts,
-        "valid": valid.values, "seconds": round(time.time() - began, 1),
+        "valid": valid, "seconds": round(time.time() - began, 1),
         "peak_memory_mb": peak_memory_mb(args.device), "loss_on": args.loss_on, "seed": args.seed,
         "cut": cut, "notes": task.notes, "base": began_with["base"], "versions": versions(),
         "command": args.command})

@@ -22,6 +22,8 @@ OPTIONS = {             # flag -> how argparse is to read it
     "data_dir": dict(metavar="DIR", help="tasks commonsense, e2e, glue/...: the folder"),
     "prompt_template": dict(metavar="FILE", help="tasks commonsense and mini: a text that holds "
                                                  "{instruction} (data/prompt.txt)"),
+    "rewrite_seed": dict(type=int, help="task facts: which facts get new values, and which (0); "
+                                        "another one, to tune on, leaves the scores of 0 unseen"),
     "beams": dict(type=int, help="tasks that write text: beams of the search (1, greedy)"),
 }
 

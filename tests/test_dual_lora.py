@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import UserError
 from dual_lora import DualLoRALinear, warmup_after
 from lora import AdapterLinear
+from methods import inject, param_groups
 from parity import assert_follows, gradients
 
 
@@ -16,19 +17,21 @@ class NaiveSign(torch.autograd.Function):
     """The paper's Sign, written once more and otherwise."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx, x, clip):
+        ctx.clip = clip
         return torch.where(x > 0, torch.ones_like(x), -torch.ones_like(x))
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.maximum(torch.minimum(grad, torch.ones_like(grad)), -torch.ones_like(grad))
+        one = torch.ones_like(grad)
+        return torch.maximum(torch.minimum(grad, one), -one) if ctx.clip else grad, None
 
 
 def naive(layer, x):
     """Section 3, word for word, in plain autograd."""
     r1, r2 = len(layer.A), len(layer.C)
     W = layer.base.weight + layer.warmup * (layer.alpha / math.sqrt(r1 * r2)) * (
-        torch.relu(layer.B @ layer.A) * NaiveSign.apply(layer.D @ layer.C))
+        torch.relu(layer.B @ layer.A) * NaiveSign.apply(layer.D @ layer.C, layer.clip))
     return F.linear(x, W, layer.base.bias)
 
 
@@ -68,14 +71,22 @@ def test_a_hand_worked_2x2_layer_gives_these_numbers():
 
 @pytest.mark.parametrize("shape", [(5, 3), (40, 600), (300, 1100)])   # (in, out): 1 to 3 blocks
 @pytest.mark.parametrize("size", [1e-3, 30.0])                        # the clip binds never; often
-@pytest.mark.parametrize("bias", [True, False])
-def test_output_and_all_gradients_equal_the_naive_definition_in_float64(shape, size, bias):
-    layer = dual(*shape, rank=3, dtype=torch.float64, bias=bias)
+@pytest.mark.parametrize("bias, clip", [(True, True), (False, True), (True, False)])
+def test_output_and_all_gradients_equal_the_naive_definition_in_float64(shape, size, bias, clip):
+    layer = dual(*shape, rank=3, dtype=torch.float64, bias=bias, clip=clip)
     layer.warmup.fill_(0.37)
     x, g = torch.randn(2, 7, shape[0]).double(), size * torch.randn(2, 7, shape[1]).double()
     clipped = (g.flatten(0, 1).T @ x.flatten(0, 1)).abs() * layer.delta_weight().abs() > 1
     assert clipped.any() == (size > 1)
     assert_follows(layer, naive, x, g)
+
+
+def test_the_direction_has_a_learning_rate_of_its_own():
+    model = inject(nn.ModuleDict({"q": nn.Linear(6, 5)}), "dual", ["q"], rank=4, direction_lr=0.3)
+    groups = param_groups(model, 0.01, lr_ratio=2)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert [rates[id(p)] for p in parameters(model["q"])] == pytest.approx(
+        [0.01, 0.02, 0.003, 0.006])
 
 
 def test_gradients_equal_finite_differences_where_the_layer_has_a_derivative():
@@ -231,7 +242,7 @@ def test_the_rank_is_split_and_the_scale_follows_the_split():
     (dict(rank=1), "rank"), (dict(r1=0), "r1"), (dict(r1=4), "r2"), (dict(r2=9), "r1"),
     (dict(r1=1, r2=9), "r2"), (dict(r2=1.5), "r1"), (dict(update_warmup=-1), "update_warmup"),
     (dict(update_warmup=0.5), "update_warmup"), (dict(init_std=0.0), "init_std"),
-    (dict(init_std=math.nan), "init_std")])
+    (dict(init_std=math.nan), "init_std"), (dict(direction_lr=0.0), "direction_lr")])
 def test_wrong_arguments_are_refused_by_name(wrong, name):
     with pytest.raises(UserError, match=name):
         dual(5, 9, **wrong)
