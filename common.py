@@ -30,8 +30,8 @@ def flag(name: str) -> str:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorator for a script's main(): a UserError, a file that cannot be used or a GPU whose memory
-    is full ends it with one line on stderr and status 2; Ctrl-C with one line and 130."""
+    """Decorator for a script's main(): a UserError, a file that cannot be used, a GPU whose memory
+    is full end it with one line on stderr and status 2; Ctrl-C with one line and 130."""
     def end(line: str, status: int):
         if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
             print(" ".join(line.split()), file=sys.stderr)

@@ -12,7 +12,6 @@ import json
 import math
 from argparse import Namespace
 from collections import defaultdict
-from pathlib import Path
 
 import torch
 

@@ -1,12 +1,20 @@
-"""The grid of a sweep, and commands that can be given again."""
+"""The grid of a sweep, what it chooses and says, and commands that can be given again."""
+import csv
+import json
+import math
+import os
 import shlex
+import signal
 import subprocess
+import threading
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 import ablate
 import train
+from results import difference, spread, within_noise
 from runs import refused, result_of
 
 SHORT = ["--steps", "4", "--batch-size", "8", "--max-eval", "3"]
@@ -22,23 +30,52 @@ def listed(capsys, *flags: str) -> list[list[str]]:
     return [shlex.split(line)[2:] for line in capsys.readouterr().out.splitlines()]
 
 
+def value_of(line: list[str], name: str) -> str:
+    return line[line.index(name) + 1]
+
+
+# ---- the grid
 def test_the_grid_is_every_combination_once(capsys):
     lines = listed(capsys, "--methods", "lora,full", "--ranks", "2,8", "--lrs", "1e-3,1e-2",
                    "--seeds", "0,1", "--task", "mini", *SHORT)
     assert len(lines) == 2 * 2 * 2 + 2 * 2                      # full has no rank
     assert lines[0] == ["--method", "lora", "--rank", "2", "--lr", "1e-3", "--seed", "0", "--task",
-                        "mini", *SHORT, "--out", "runs/mini-lora-r2-lr1e-3-s0", "--resume"]
-    assert len({line[line.index("--out") + 1] for line in lines}) == len(lines)
+                        "mini", *SHORT, "--out", "runs/sweep/mini-lora-r2-lr1e-3-s0", "--resume"]
+    assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 
+def test_learning_rates_are_around_each_method_s_own(capsys):
+    lines = listed(capsys, "--methods", "lora,full", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.0075", "0.015", "0.03",
+                                                          "0.001", "0.002", "0.004"]
+    assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.015", *SHORT)) == 1
+
+
+def test_any_flag_can_be_varied_where_the_method_uses_it(capsys):
+    lines = listed(capsys, "--methods", "dual,lora,full", "--lrs", "x1", "--vary",
+                   "init-std=0.03,0.06", "--vary", "alpha=8,16", "--vary", "clip=yes,no", *SHORT)
+    assert len(lines) == 8 + 2 + 1
+    for part, times in (("--init-std=0.03", 4), ("--alpha=8", 4 + 1), ("--clip", 4),
+                        ("--no-clip", 4)):
+        assert sum(part in line for line in lines) == times
+
+
+def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
+    lines = listed(capsys, "--methods", "dual", "--lrs", "x1", "--one-at-a-time", "--vary",
+                   "init-std=0.03,0.12", "--vary", "clip=no", *SHORT)
+    changes = [[part for part in line if part[:4] in ("--in", "--no")] for line in lines]
+    assert changes == [[], ["--init-std=0.03"], ["--init-std=0.12"], ["--no-clip"]]
+
+
+# ---- commands that can be given again
 def test_a_command_can_be_given_again(capsys, monkeypatch):
-    line, = listed(capsys, "--methods", "dual", "--out", "sweep", *SHORT)
+    line, = listed(capsys, "--methods", "dual", "--lrs", "x1", "--out", "sweep", *SHORT)
     with monkeypatch.context() as patch:
         patch.setattr(train.Run, "finish", lambda *_: exit("killed"))
         with pytest.raises(SystemExit):
             train.main(line)
     train.main(line)
-    run = Path("sweep/facts-dual-s0")
+    run = Path("sweep/facts-dual-r8-lr0.01-s0")
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert result_of(run)["method"] == "dual"
     capsys.readouterr()
@@ -49,17 +86,19 @@ def test_a_command_can_be_given_again(capsys, monkeypatch):
 
 
 def test_a_finished_run_of_other_flags_is_not_taken_for_this_one(capsys):
-    line, = listed(capsys, "--methods", "lora", *SHORT)
+    line, = listed(capsys, "--methods", "lora", "--lrs", "x1", *SHORT)
     train.main(line)
     line[line.index("4")] = "5"
     with pytest.raises(SystemExit) as stop:
         train.main(line)
     assert stop.value.code == 2 and "--steps 5: the run has 4" in capsys.readouterr().err
+    assert "--steps 5: the run has 4" in refused(capsys, "--methods", "lora", "--lrs", "x1",
+                                                 "--steps", "5", *SHORT[2:], main=ablate.main)
 
 
 def test_a_folder_of_other_things_is_not_begun_in(capsys):
-    line, = listed(capsys, "--methods", "lora", *SHORT)
-    folder = Path(line[line.index("--out") + 1])
+    line, = listed(capsys, "--methods", "lora", "--lrs", "x1", *SHORT)
+    folder = Path(value_of(line, "--out"))
     folder.mkdir(parents=True)
     (folder / ".config.json.1.tmp").write_text("{")         # killed before its first file stood
     (folder / "log.jsonl").write_text("mine")
@@ -71,24 +110,191 @@ def test_a_folder_of_other_things_is_not_begun_in(capsys):
     assert result_of(folder)
 
 
-def test_a_sweep_runs_everything_and_reports_what_failed(monkeypatch, capsys):
-    ran = []
-    monkeypatch.setattr(subprocess, "run", lambda command: (
-        ran.append(command), subprocess.CompletedProcess(command, int("dora" in command)))[1])
+def test_a_real_sweep_runs_compares_and_then_finds_everything_done(capsys):
+    command = ["--methods", "lora", "--lrs", "x0.5,x1", "--jobs", "2", *SHORT]
+    ablate.main(command)
+    first = capsys.readouterr().out
+    assert first.count("| lora | 8 | 0.0") == 1 and "mean ± standard deviation" in first
+    for name in ("table.md", "results.csv", "score.png", "rates.png", "loss.png",
+                 "logs/facts-lora-r8-lr0.015-s0.txt"):
+        assert Path("runs/sweep", name).is_file()
+    runs = {path: path.stat().st_mtime_ns for path in Path("runs/sweep").glob("*/result.json")}
+    ablate.main(command)
+    assert capsys.readouterr().out == first and len(runs) == 2
+    assert runs == {path: path.stat().st_mtime_ns for path in runs}
+
+
+# ---- what it makes of results, given by the test
+def finish(flags: list[str], valid: float, test: float) -> None:
+    """Writes what train.py leaves of a finished run."""
+    args = train.parse(flags)
+    train.resolve(args)
+    args.steps, args.batch_size, args.loss_on, args.command = 4, 8, "answer", "python train.py"
+    args.max_length = 256
+    folder = Path(args.out)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"args": vars(args)}))
+    (folder / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    (folder / "adapter.safetensors").write_text("")
+    (folder / "result.json").write_text(json.dumps({
+        "before": {"new": 0.0, "kept": 1.0}, "valid": {"loss": 1.0, "new": valid, "kept": 0.5},
+        "after": {"new": test, "kept": 0.5}, "counts": {"new": 10}, "trainable": 55296,
+        "seconds": 30.0, "peak_memory_mb": 400.0, "versions": {"torch": "2", "threads": 1}}))
+
+
+class Process:
+    """Stands in for a child process that trains: ends with `status` after writing its result."""
+    score = staticmethod(lambda args: (0.5, 0.5))
+    ran: list[Namespace] = []
+
+    def __init__(self, command, stdout, **_):
+        self.args = train.parse(command[2:])
+        Process.ran.append(self.args)
+        try:
+            finish(command[2:], *Process.score(self.args))
+            self.status = 0
+        except ZeroDivisionError:
+            stdout.write(b"some output\nerror: step 3: loss nan\n")
+            self.status = 1
+
+    def wait(self):
+        return self.status
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(Process, "ran", [])
+    return Process
+
+
+def table_of(text: str) -> list[dict[str, str]]:
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")]
+            for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def test_the_learning_rate_is_chosen_on_validation_never_on_the_test(processes, capsys):
+    processes.score = lambda args: {0.01: (0.9, 0.1), 0.02: (0.2, 0.8)}[args.lr]
+    ablate.main(["--methods", "lora", "--lrs", "0.01,0.02", "--seeds", "0,1,2", *SHORT])
+    row, = table_of(capsys.readouterr().out)
+    assert row["lr"] == "0.01" and row["seeds"] == "3" and row["new"].startswith("0.100 ± 0.000")
+    with open("runs/sweep/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {(row["lr"], row["chosen"]) for row in rows} == {("0.01", "1"), ("0.02", "0")}
+    assert {row["after new"] for row in rows if row["chosen"] == "1"} == {"0.1"}
+
+
+def test_a_loss_is_better_when_it_is_lower(processes, capsys):
+    processes.score = lambda args: (0.5, 0.5)
+    with pytest.raises(SystemExit):
+        ablate.main(["--methods", "lora", "--metric", "loss", "--seeds", "0", *SHORT])
+    assert "--metric loss: the task has no such metric" in capsys.readouterr().err
+
+
+def test_other_seeds_run_with_the_chosen_rate_alone(processes, capsys):
+    processes.score = lambda args: (args.lr, 0.5)
+    flags = ["--methods", "lora,dora", "--lrs", "x0.1,x0.5,x1", "--seeds", "0,1,2",
+             "--search-seeds", "1", *SHORT]
+    assert len(listed(capsys, *flags)) == 6
+    ablate.main(flags)
+    assert len(processes.ran) == 2 * (3 + 2)
+    assert {(args.seed, args.lr) for args in processes.ran} == {
+        (1, 0.0015), (1, 0.0075), (1, 0.015), (0, 0.015), (2, 0.015)}
+    out = capsys.readouterr().out
+    assert [row["seeds"] for row in table_of(out)] == ["3", "3"]
+    assert "the highest or lowest one tried" in out
+    assert len(listed(capsys, *flags)) == 10                # the search is over: all are known
+
+
+def test_ties_are_marked_and_clear_differences_are_not(processes, capsys):
+    means = {"lora": 0.70, "dora": 0.71, "dash": 0.40, "full": 0.90}
+    processes.score = lambda args: (0.5, means[args.method] + 0.02 * args.seed)
+    ablate.main(["--methods", "lora,dora,dash,full", "--lrs", "x1", "--seeds", "0,1,2", *SHORT])
+    lora, dora, dash, full = (row["new"] for row in table_of(capsys.readouterr().out))
+    assert dora == "**0.730 ± 0.020 [0.680, 0.780]**"
+    assert lora == "0.720 ± 0.020 [0.670, 0.770] ~"
+    assert dash == "0.420 ± 0.020 [0.370, 0.470]"
+    assert full == "0.920 ± 0.020 [0.870, 0.970]"            # alone in its rank: nothing to mark
+
+
+def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys):
+    processes.score = lambda args: (0.5 if args.lr < 0.02 else 1 / 0, 0.5)
     with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora,dora,dual", *SHORT])
-    assert stop.value.code == 1 and len(ran) == 3
-    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("failed: ")]
-    assert len(failed) == 1 and "--method dora" in failed[0]
+        ablate.main(["--methods", "lora", "--lrs", "0.01,0.02", *SHORT])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert table_of(out)[0]["lr"] == "0.01"
+    assert "no result from facts-lora-r8-lr0.02-s0: error: step 3: loss nan" in out
 
 
-def test_ctrl_c_ends_the_sweep_with_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(
-        command, 130))
+def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch):
+    line = "runs/sweep/facts-lora-r8-lr0.015-s0"
+    flags = ["--method", "lora", "--rank", "8", "--lr", "0.015", "--seed", "0", *SHORT]
+    Path(line).mkdir(parents=True)
+    asked = []
+
+    def busy(folder):
+        asked.append(folder)
+        if len(asked) == 2:
+            Path(line).rmdir()
+            finish([*flags, "--out", line, "--resume"], 0.5, 0.5)
+        return len(asked) < 3
+
+    monkeypatch.setattr(ablate, "busy", busy)
+    monkeypatch.setattr(ablate.time, "sleep", lambda _: None)
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    assert len(asked) == 3 and not processes.ran
+
+
+def test_busy_is_a_folder_that_another_process_has_locked(tmp_path):
+    folder = tmp_path / "run"
+    assert not ablate.busy(folder)
+    folder.mkdir()
+    lock = ablate.locked(folder)
+    assert ablate.busy(folder)
+    os.close(lock)
+    assert not ablate.busy(folder)
+
+
+def test_a_request_to_stop_reaches_the_runs_and_ends_the_sweep_with_one_line(monkeypatch, capsys):
+    stopped = threading.Event()
+
+    class Endless(Process):
+        def __init__(self, *_, **__):
+            pass
+
+        def terminate(self):
+            stopped.set()
+
+        def wait(self):
+            assert stopped.wait(20)
+            return 130
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora", *SHORT])
-    assert stop.value.code == 130
+    assert stop.value.code == 130 and stopped.is_set()
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same sweep goes on"
+
+
+# ---- statistics
+def test_spread_is_student_s():
+    mean, sd, half = spread([1.0, 2.0, 3.0])
+    assert (mean, sd) == (2.0, 1.0) and half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
+    assert spread([0.5]) == (0.5, None, None)
+
+
+def test_a_difference_is_welch_s():
+    mean, low, high = difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])      # 4 degrees of freedom
+    assert mean == -1 and high == pytest.approx(-1 + 2.7764 * math.sqrt(2 / 3), abs=1e-4)
+    assert low + high == pytest.approx(-2)
+    assert within_noise([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
+    assert not within_noise([1.0, 1.1, 0.9], [2.0, 2.1, 1.9])
+    assert within_noise([1.0, 1.0], [1.0, 1.0]) and not within_noise([1.0, 1.0], [0.9, 0.9])
+    assert within_noise([1.0], [0.0, 0.1])                      # one seed tells nothing
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -99,12 +305,20 @@ def test_ctrl_c_ends_the_sweep_with_one_line(monkeypatch, capsys):
     (["--methods", "lora", "--ranks", "2", "--rank=4"], "--ranks"),
     (["--methods", "lora", "--overwrite"], "--overwrite"),
     (["--methods", "lora", "--from-peft", "x"], "--from-peft"),
-    (["--methods", "lora", "--lrs", "fast"], "--lr"),
+    (["--methods", "lora", "--lrs", "fast"], "--lrs fast"),
+    (["--methods", "lora", "--lrs", "x"], "--lrs x"),
     (["--methods", "lora", "--rnk", "1"], "--rnk"),
     (["--methods", "lora", "--r1", "1"], "--r1: method lora does not use it"),
     (["--methods", "lora", "--seeds", "-1"], "--seed"),
+    (["--methods", "lora", "--search-seeds", "1"], "--search-seeds 1"),
     (["--methods", "lora", "--ranks", "4,0"], "--rank 0"),
     (["--methods", "lora", "--task", "fakts"], "did you mean facts"),
+    (["--methods", "lora", "--jobs", "0"], "--jobs"),
+    (["--methods", "lora", "--vary", "alfa=1"], "did you mean alpha"),
+    (["--methods", "lora", "--vary", "alpha"], "a value is missing"),
+    (["--methods", "lora", "--vary", "seed=1"], "no such flag to vary"),
+    (["--methods", "lora", "--vary", "alpha=8", "--alpha", "16"], "given for all runs"),
+    (["--methods", "lora", "--vary", "steps=0"], "--steps 0"),
 ])
 def test_wrong_flags_end_with_one_line_before_any_run(flags, said, capsys):
     assert said in refused(capsys, *flags, main=ablate.main)
