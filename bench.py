@@ -2,7 +2,8 @@
 
     python bench.py                               every part at its default sizes
     python bench.py layer model --all             wider layers, a larger model too
-    python bench.py --device cuda --json out.json the same on a GPU, in bf16 at LLaMA's sizes
+    python bench.py --device cuda --json out.json the same on a GPU with 40 GB, in bf16: LLaMA
+                                                  7B's layers, a model of 1 B (--all adds nothing)
 The parts:
     layer       one adapted nn.Linear: a training step, what it keeps for backward, merging
     model       a LLaMA-shaped model: a training step, peak memory
@@ -177,7 +178,8 @@ class TensorMemory(TorchDispatchMode):
 def peak_bytes(call: Callable, owned: set[int], where: str) -> int:
     """How far the memory of tensors rises above that of `owned`."""
     if where.startswith("cuda"):
-        torch.ones(1, 1, device=where).mm(torch.ones(1, 1, device=where))   # cuBLAS's workspace
+        one = torch.ones(1, 1, device=where, requires_grad=True)
+        one.mm(one).backward()          # cuBLAS's workspaces, forward's and backward's, are made
         torch.cuda.reset_peak_memory_stats(where)
         before = torch.cuda.memory_allocated(where)
         call()
@@ -211,7 +213,9 @@ def peak_resident_bytes(call: Callable) -> int | None:
         refs.write_text("5")            # Linux alone lets a process reset its peak
     except OSError:
         return None
-    ctypes.CDLL(None).malloc_trim(0)    # freed memory goes back, else its reuse would go unseen
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)      # glibc's
+    if trim is not None:
+        trim(0)                         # freed memory goes back, else its reuse would go unseen
     refs.write_text("5")
     before = kilobytes("VmRSS")
     call()
@@ -244,6 +248,9 @@ class Contender:
         self.model, self.output, self.grad, self.bf16 = model.train(), forward, grad, bf16
         self.owned = addresses(model, *inputs)          # what is there before a step begins
         self.method, self.layers = contract(model)
+        # The methods' own state, which peft makes only when it is first needed:
+        self.state = sum(buffer.nbytes for layer in self.layers
+                         for buffer in layer.buffers(recurse=False))
         for layer in self.layers:
             if "warmup" in layer._buffers:              # Dual LoRA with all of its update
                 layer.warmup.fill_(1)
@@ -297,10 +304,10 @@ def adapted(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -
 
 
 def measure(contenders: dict[str, Contender], rounds: int, where: str) -> dict[str, dict]:
-    """name -> peak_bytes of its first two steps, and of later ones the time of forward and backward
-    (fb_) and of the whole step."""
+    """name -> peak_bytes of its first two steps, the buffers of its layers included, and of later
+    ones the time of forward and backward (fb_) and of the whole step."""
     keep_freed_memory()
-    peaks = {name: peak_bytes(lambda: (c.step(), c.step()), c.owned, where)
+    peaks = {name: c.state + peak_bytes(lambda: (c.step(), c.step()), c.owned, where)
              for name, c in contenders.items()}         # Adam's averages appear after the first
     times = race({name: [c.forward_backward, c.rest] for name, c in contenders.items()}, rounds,
                  where)
@@ -352,16 +359,16 @@ def one_layer(name: str, n_in: int, n_out: int, tokens: int, where: str = "cpu",
               bf16: bool = False, rank: int = RANK) -> Contender:
     torch.manual_seed(0)
     model = OneLayer(n_in, n_out)
+    kind = torch.bfloat16 if bf16 else torch.float32
+    x = torch.randn(tokens, n_in, device=where, dtype=kind, requires_grad=True)
+    grad = torch.randn(tokens, n_out, device=where, dtype=kind) / tokens
     if name in PLAIN:
         model.q = PLAIN[name](model.q, rank, 2 * rank)
     else:
         model = adapted(model, name, ["q"], rank)
-    kind = torch.bfloat16 if bf16 else torch.float32
     if name != "full":                                  # which trains in float32, as in train.py
         for p in model.parameters():
             p.data = p.data if p.requires_grad else p.data.to(kind)
-    x = torch.randn(tokens, n_in, device=where, dtype=kind, requires_grad=True)
-    grad = torch.randn(tokens, n_out, device=where, dtype=kind) / tokens
 
     def forward(model):
         x.grad = None
@@ -390,13 +397,12 @@ def layer_table(n_in: int, n_out: int, tokens: int, args: Namespace) -> list[dic
     rows = measure(contenders, 9 if max(n_in, n_out) > 1024 else 15, args.device)
     for name, contender in contenders.items():
         layers = contender.layers
-        plain = name.removeprefix("peft ")
         rows[name] |= {
             "n_in": n_in, "n_out": n_out, "tokens": tokens,
             "kept_bytes": kept_for_backward(contender.forward, contender.owned),
-            "work": (costs.work(plain, n_in, n_out, tokens, RANK) if name not in PLAIN else
+            "work": (costs.work(name, n_in, n_out, tokens, RANK) if name in ["frozen", *OURS] else
                      flops(contender.forward_backward) / (4 * tokens * n_in * n_out)),
-            "merge_seconds": min(timed([layers[0].merged_weight], args.device)[0]
+            "merge_seconds": min(timed([merging(layers[0])], args.device)[0]
                                  for _ in range(5)) if layers else None}
     table(f"one layer {n_out} x {n_in}, {tokens} tokens, rank {RANK}: a training step", [{
         "": name, "ms": f"{1e3 * row['seconds']:.2f}", "+-": f"{1e3 * row['spread']:.2f}",
@@ -413,6 +419,11 @@ def layer_table(n_in: int, n_out: int, tokens: int, args: Namespace) -> list[dic
         BARS.append((what + "full", ratio(rows, "dual", "full", "fb_best"), bar))
         BARS.append((what + "naive", ratio(rows, "dual", "dual, naive", "fb_best"), 0.75))
     return list(rows.values())
+
+
+def merging(layer: AdapterLinear) -> Callable:
+    """What merge() does with a layer."""
+    return torch.no_grad()(lambda: layer.merged_weight().to(layer.base.weight.dtype))
 
 
 # ---- part: model
@@ -435,8 +446,12 @@ def one_model(pretrained: Transformer, name: str, tokens: torch.Tensor,
     if name.startswith("peft "):
         model = adapted(in_transformers(pretrained).to(tokens.device), name,
                         ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
-        return Contender(model, lambda model: model(input_ids=tokens, labels=tokens).loss,
-                         [tokens], bf16=bf16)
+        read, gold = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+        def loss(model):        # use_cache: what no training needs
+            return model(input_ids=read, labels=gold, shift_labels=gold, use_cache=False).loss
+
+        return Contender(model, loss, [read, gold], bf16=bf16)
     if name == "full":
         model = copy.deepcopy(pretrained).float()
     else:
@@ -464,7 +479,7 @@ def model_part(args: Namespace) -> list[dict]:
 
 def model_table(size: str, args: Namespace) -> list[dict]:
     torch.manual_seed(0)
-    tokens = torch.randint(3, 8000, (4, 256), device=args.device)
+    tokens = torch.randint(3, 8000, (4, 257), device=args.device)      # 256 are read
     pretrained = llama(size).to(args.device, PRECISIONS["bf16" if args.bf16 else "fp32"])
     contenders = {name: one_model(pretrained, name, tokens, args.bf16)
                   for name in ["frozen", *OURS, *(THEIRS if peft else [])]}
@@ -515,12 +530,13 @@ def growth_part(args: Namespace) -> list[dict]:
                 if row["contender"] == name} for name in ["frozen", *OURS]])
         rows += found
     if args.figure:
-        draw(rows, args.figure)
+        draw(rows, args.figure, args.where)
     return rows
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """The fastest step over the frozen layer's, and peak memory; a line a method."""
+def draw(rows: list[dict], path: Path, where: dict) -> None:
+    """The fastest step over the frozen layer's, and peak memory; a line a method. `where` it was
+    measured goes to its numbers."""
     figure, panels = plt.subplots(2, 3, figsize=(10, 6), sharex="col", layout="constrained")
     for (axis, values), (time_panel, memory_panel) in zip(AXES.items(), panels.T):
         lines = {name: [row for row in rows if row["axis"] == axis and row["contender"] == name]
@@ -542,7 +558,7 @@ def draw(rows: list[dict], path: Path) -> None:
     panels[0, 0].set_ylabel("time of a training step,\nover the frozen layer's")
     panels[1, 0].set_ylabel("peak memory of a step, MB")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=7)
-    save_figure(figure, path, rows)
+    save_figure(figure, path, where | {"growth": rows})
 
 
 # ---- part: sizes
@@ -577,7 +593,7 @@ def generate_part(args: Namespace) -> list[dict]:
     results = []
     for size in ("1 M", "25 M"):
         model = load_pretrained(ROOT / "data" / "base")[0] if size == "1 M" else llama(size)
-        model.to(args.device)
+        model.to(args.device, PRECISIONS["bf16" if args.bf16 else "fp32"])
         for batch in (1, 16):
             prompts = torch.randint(3, 900, (batch, 32), device=args.device)
             contenders = {"ours": [lambda: generate(model, prompts.tolist(), 64, eos=[])],
@@ -605,7 +621,7 @@ def products_of_generation(model: Transformer, batch: int) -> Callable:
     one token of each 64 times."""
     weights = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     head = model.embed.weight if model.head is None else weights.pop()
-    inputs = {rows: {W.shape[1]: torch.randn(rows, W.shape[1], device=W.device)
+    inputs = {rows: {W.shape[1]: torch.randn(rows, W.shape[1], device=W.device, dtype=W.dtype)
                      for W in (*weights, head)} for rows in (32 * batch, batch)}
 
     def call():
@@ -620,8 +636,9 @@ def products_of_generation(model: Transformer, batch: int) -> Callable:
 
 def their_generation(model: Transformer, prompts: torch.Tensor) -> Callable:
     theirs = in_transformers(model).to(prompts.device).eval()
+    theirs.generation_config.eos_token_id = None        # as ours: 64 tokens, whatever they are
     settings = dict(attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=64,
-                    min_new_tokens=64, pad_token_id=0)
+                    pad_token_id=0)
 
     def call():
         with torch.inference_mode():
@@ -698,15 +715,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.figure:
         if "growth" not in (args.parts or PARTS):
             raise UserError("--figure draws the part growth: name it, too")
-        if args.figure.suffix != ".png" or args.json == args.figure.with_suffix(".json"):
+        numbers = args.figure.with_suffix(".json")
+        if args.figure.suffix != ".png" or args.json in (args.figure, numbers) or numbers.is_dir():
             raise UserError("--figure: a name that ends in .png; its numbers go to the same name "
                             "with .json, so --json needs another")
+    if args.device.startswith("cuda"):          # events and synchronize() act on the current one
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     args.bf16 = (args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")) == "bf16"
     found = {"device": args.device, "dtype": "bf16" if args.bf16 else "fp32",
                "machine": hardware(args.device), "threads": torch.get_num_threads(),
                "torch": torch.__version__, "peft": peft and peft.__version__,
                "transformers": peft and transformers.__version__}
     print(", ".join(f"{name} {value}" for name, value in found.items() if value))
+    args.where = dict(found)
     for part in args.parts or PARTS:
         found[part] = PARTS[part](args)
         if args.json:                           # after each, so that a stop loses one at most

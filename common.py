@@ -29,9 +29,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """The GPU's memory, or the machine's, does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorator for a script's main(): a UserError, a file that cannot be used, a GPU whose memory
-    is full end it with one line on stderr and status 2; Ctrl-C with one line and 130."""
+    """Decorator for a script's main(): a UserError, a file that cannot be used and memory that does
+    not suffice end it with one line on stderr and status 2; Ctrl-C with one line and 130."""
     def end(line: str, status: int):
         if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
             print(" ".join(line.split()), file=sys.stderr)
@@ -47,8 +52,10 @@ def exit_on_user_error(main: Callable) -> Callable:
             if error.filename is None:
                 raise
             end(f"error: {error.filename}: {error.strerror}", 2)
-        except torch.OutOfMemoryError as error:
-            end(f"error: out of memory: {error}", 2)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            end(f"error: out of memory: {str(error)[:300]}", 2)
         except KeyboardInterrupt:
             end("stopped", 130)
     return wrapper

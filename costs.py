@@ -133,8 +133,9 @@ def memory(c: Config, method: str, targets: list[str], r: int, tokens: int,
            checkpointing: bool = False) -> dict[str, float]:
     """Bytes of a training step with --dtype bf16.
 
-    weights: the frozen base in bf16; for `full` float32, and autocast's bf16 copies, which
-        backward needs, but not with --grad-checkpointing.
+    weights: the frozen base in bf16; for `full` float32, and autocast's bf16 copies of all that
+        is multiplied (not of an embedding of its own), which backward needs, but not with
+        --grad-checkpointing.
     training: a parameter in float32, its gradient, Adam's two averages; AdaLoRA's own two more,
         LoRA-Dash's frozen directions.
     activations: at most, which is when backward begins: what autograd keeps, and of each token
@@ -146,8 +147,10 @@ def memory(c: Config, method: str, targets: list[str], r: int, tokens: int,
     block = kept_by_block(c, method, targets, r, bf16=True)
     loss = kept_by_model(c, method, targets, r, bf16=True) - c.n_layers * block + 8 * c.vocab_size
     inputs = c.n_layers * c.d_model * (4 if method == "full" else 2)
+    cast = weights(c) - (0 if c.tied else c.vocab_size * c.d_model)
     return {
-        "weights": weights(c) * (2 if method != "full" else 4 if checkpointing else 6),
+        "weights": 2 * weights(c) if method != "full" else
+                   4 * weights(c) + 2 * cast * (not checkpointing),
         "training": (12 if method == "full" else 16) * n + 8 * n * (method == "adalora")
                     + 4 * fixed * (method == "dash"),
         "activations": tokens * (inputs + max(loss, block) if checkpointing else

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from common import (Parser, UserError, default_device, device, exit_on_user_error, flag,
-                    nearest)
+from common import (Parser, UserError, default_device, device, exit_on_user_error, flag, nearest,
+                    out_of_memory)
 from data import OPTIONS, TASKS, load_task, options_of
 from data.task import Example, collate, encode_all, score_targets, target_loss
 from distributed import everyones, meeting, parallel, rank, start, summed, world
@@ -437,7 +437,7 @@ def explained(error: RuntimeError) -> Exception:
     what = " ".join(str(error).split())[:300]
     if isinstance(error, TorchDynamoException):
         return UserError(f"--compile: {what}")
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in what:
+    if out_of_memory(error):
         return UserError(f"out of memory; a smaller --batch-size, --grad-accum, "
                          f"--grad-checkpointing or --max-length may help: {what}")
     if world() > 1 and (isinstance(error, torch.distributed.DistError) or "Connection" in what):

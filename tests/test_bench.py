@@ -37,7 +37,8 @@ def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny,
     assert points == [(axis, value, name) for axis, values in bench.AXES.items()
                       for value in values for name in FAST]
     assert figure.read_bytes().startswith(b"\x89PNG")
-    assert json.loads(figure.with_suffix(".json").read_text()) == found["growth"]
+    drawn = json.loads(figure.with_suffix(".json").read_text())
+    assert drawn["growth"] == found["growth"] and drawn["machine"] == found["machine"]
     text = capsys.readouterr().out
     assert "LLaMA 7B" in text and "DoRA / our LoRA" in text
 
@@ -47,6 +48,7 @@ def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny,
     (["sizes", "--json", "/no/such/folder/x.json"], "--json: /no/such/folder/x.json"),
     (["layer", "--figure", "x.png"], "--figure"), (["growth", "--figure", "x.jpg"], "--figure"),
     (["growth", "--figure", "x.png", "--json", "x.json"], "--json needs another"),
+    (["growth", "--figure", "x.png", "--json", "x.png"], "--json needs another"),
     (["sizes", "--device", "tpu9"], "--device")])
 def test_wrong_input(argv, message, capsys):
     assert message in refused(capsys, *argv, main=bench.main)

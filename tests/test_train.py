@@ -236,16 +236,26 @@ def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes():
         assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
 
 
-@pytest.fixture
-def stopped(monkeypatch):
-    """A run of 6 steps in the folder `stopped` that ended before its result; the flags it had."""
-    flags = ["--method", "lora", "--save-every", "2", *SHORT]
-    train.main([*flags, "--out", "whole"])
-    with monkeypatch.context() as patch:
+STOPPED = ["--method", "lora", "--save-every", "2", *SHORT]
+
+
+@pytest.fixture(scope="session")
+def stopped_once(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped_once")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train.main([*STOPPED, "--out", "whole"])
         patch.setattr(train.Run, "finish", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
-            train.main([*flags, "--out", "stopped"])
-    return flags
+            train.main([*STOPPED, "--out", "stopped"])
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once):
+    """A run of 6 steps in the folder `stopped` that ended before its result; the flags it had."""
+    shutil.copytree(stopped_once, ".", dirs_exist_ok=True)
+    return STOPPED
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(stopped, capsys):
