@@ -30,8 +30,9 @@ import time
 import warnings
 import weakref
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -189,16 +190,23 @@ def peak_bytes(call: Callable, owned: set[int], where: str) -> int:
     return memory.peak
 
 
-def keep_freed_memory() -> None:
-    """Makes glibc keep what is freed, as torch does on a GPU. Else it hands large blocks back to
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, glibc keeps what is freed, as torch does on a GPU. Else it hands large blocks back to
     the system and gets them again, page by page, in the next step: that is no method's cost, but
     falls on those whose peak is just above what the process still holds."""
     try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)             # M_MMAP_MAX: no block gets pages of its own
-        libc.mallopt(-1, -1)            # M_TRIM_THRESHOLD: never trim
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):    # not glibc
-        pass
+        mallopt = lambda *_: None                   # noqa: E731
+    mmap_max, trim_threshold = -4, -1               # how malloc.h numbers them
+    mallopt(mmap_max, 0)                            # no block gets pages of its own
+    mallopt(trim_threshold, -1)                     # never trim
+    try:
+        yield
+    finally:
+        mallopt(mmap_max, 65536)                    # glibc's own
+        mallopt(trim_threshold, 128 * 1024)
 
 
 def peak_resident_bytes(call: Callable) -> int | None:
@@ -306,11 +314,11 @@ def adapted(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -
 def measure(contenders: dict[str, Contender], rounds: int, where: str) -> dict[str, dict]:
     """name -> peak_bytes of its first two steps, the buffers of its layers included, and of later
     ones the time of forward and backward (fb_) and of the whole step."""
-    keep_freed_memory()
-    peaks = {name: c.state + peak_bytes(lambda: (c.step(), c.step()), c.owned, where)
-             for name, c in contenders.items()}         # Adam's averages appear after the first
-    times = race({name: [c.forward_backward, c.rest] for name, c in contenders.items()}, rounds,
-                 where)
+    with freed_memory_kept():
+        peaks = {name: c.state + peak_bytes(lambda: (c.step(), c.step()), c.owned, where)
+                 for name, c in contenders.items()}     # Adam's averages appear after the first
+        times = race({name: [c.forward_backward, c.rest] for name, c in contenders.items()},
+                     rounds, where)
     results = {}
     for name, rows in times.items():
         half, whole = zip(*rows)
