@@ -15,12 +15,14 @@ def base():
     return load_pretrained(BASE)
 
 
-@pytest.fixture(autouse=True)
-def one_thread_and_a_seed():
-    """Threads cost small matrices more than they give, and sum in another order on another machine;
-    a seed keeps a test from flickering."""
-    threads = torch.get_num_threads()
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads cost small matrices more than they give, and sum in another order on another
+    machine; for the whole session, since fixtures train, too."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def a_seed():
+    """Keeps a test from flickering."""
     torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
