@@ -38,7 +38,7 @@ from measures import (change_rates, direction_change, effective_rank, flipped, i
                       magnitude_change, normalised, null_rates, numerical_rank, overlap,
                       switched_off, top)
 from methods import METHODS, adapters, load, merge, state
-from plots import COLOURS, LogLocator, line_of, plt, save_figure
+from plots import COLOURS, LABELS, LogLocator, line_of, plt, save_figure
 from results import SavedRun, chosen, main_metric, read_runs, spread
 from run import fingerprint, read_config, snapshots, weights_dtype
 from train import ADAPTER_FLAGS, adapt
@@ -184,10 +184,6 @@ def block_and_module(path: str) -> tuple[int, str]:
 
 
 # ---- parts of figures
-LABELS = {"full": "full", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "adalora": "AdaLoRA",
-          "dash": "LoRA-Dash", "dual": "Dual LoRA"}
-
-
 def a_panel_each(ranks: list[int | None], ylabel: str):
     """-> the figure, rank -> its axes."""
     figure, panels = plt.subplots(1, len(ranks), figsize=(9, 4.2), sharex=True, sharey=True,
@@ -420,7 +416,7 @@ def draw_spectra(sweep: Sweep):
         for label, matrices in matrices_of(run, paths).items():
             sigmas[label].append([torch.linalg.svdvals(matrix) for matrix in matrices])
     k = min(len(sigma) for seeds in sigmas.values() for layers in seeds for sigma in layers)
-    styles = {LABELS[method]: {"color": COLOURS[method]} for method in LABELS} | {
+    styles = {LABELS[method]: {"color": COLOURS[method]} for method in METHODS} | {
         "Dual: ReLU(BA)": {"color": COLOURS["dual"], "linestyle": "--"},
         "Dual: Sign(DC)": {"color": COLOURS["dual"], "linestyle": ":"}}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")

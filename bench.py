@@ -56,7 +56,7 @@ from generate import generate
 from lora import AdapterLinear
 from methods import METHODS, inject
 from model import Config, Transformer
-from plots import LogLocator, line_of, plt, save_figure
+from plots import LABELS, LogLocator, line_of, plt, save_figure
 from run import PRECISIONS, ROOT, hardware
 from train import contract
 
@@ -552,7 +552,7 @@ def draw(rows: list[dict], path: Path, where: dict) -> None:
         floor = [row["best"] for row in lines["frozen"]]
         for name, line in lines.items():
             time_panel.plot(values, [row["best"] / least for row, least in zip(line, floor)],
-                            label=name, **line_of(name))
+                            label=LABELS[name], **line_of(name))
             memory_panel.plot(values, [row["peak_bytes"] / 2**20 for row in line], **line_of(name))
         memory_panel.set(xscale="log", yscale="log", xlabel=axis, xticks=values)
         memory_panel.set_xticks([], minor=True)

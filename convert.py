@@ -29,7 +29,7 @@ from hf_files import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_store
 from methods import merge
 from model import Config, Transformer
 from peft_files import export_peft, import_peft
-from run import check_base, load_adapters, read_run, weights_dtype
+from run import check_base, load_adapters, read_flags, weights_dtype
 from tokenizer import load_tokenizer
 
 
@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     target = Path(args.peft if args.to is None else args.to)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: exists already, and is not an empty folder")
-    run = args if args.run is None else read_run(args.run)
+    run = args if args.run is None else read_flags(args.run)
     model, _ = load_pretrained(run.model)
     if args.run is not None:
         check_base(args.run, model, weights_dtype(run.dtype, run.method))

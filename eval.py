@@ -22,7 +22,7 @@ from data import OPTIONS, TASKS, load_task
 from data.task import Example, Scores, Task, evenly, opening
 from distributed import rank, start
 from generate import generate
-from run import PRECISIONS, check_base, load_adapters, read_run, weights_dtype
+from run import PRECISIONS, check_base, load_adapters, read_flags, weights_dtype
 
 MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
 
@@ -144,7 +144,7 @@ def parse(argv: list[str] | None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     start(args.device)
-    run = args if args.run is None else read_run(args.run)
+    run = args if args.run is None else read_flags(args.run)
     dtype = weights_dtype(run.dtype, run.method)
     model, tokenizer, max_length = open_model(run.model, args.device, run.max_length, dtype)
     if args.run:

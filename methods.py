@@ -46,7 +46,7 @@ METHODS = {
     "dora": Method(DoRALinear, lr=1.5e-2),
     "adalora": Method(AdaLoRALinear, lr=2e-2),
     "dash": Method(LoRADashLinear, lr=1e-2),
-    "dual": Method(DualLoRALinear, lr=1e-2),
+    "dual": Method(DualLoRALinear, lr=1.4e-2),
 }
 
 

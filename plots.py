@@ -1,4 +1,4 @@
-"""What the project's figures share: one colour a method, and the numbers beside each picture."""
+"""What the project's figures share: a name and a colour a method, and the numbers beside each picture."""
 import json
 from pathlib import Path
 
@@ -11,6 +11,8 @@ matplotlib.use("Agg")           # files only: no window, no display needed
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402, F401
 
+LABELS = {"full": "full", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "adalora": "AdaLoRA",
+          "dash": "LoRA-Dash", "dual": "Dual LoRA", "frozen": "frozen layer"}
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers for print.
 COLOURS = {"full": "#000000", "lora": "#0072B2", "lora+": "#56B4E9", "dora": "#009E73",
            "adalora": "#E69F00", "dash": "#CC79A7", "dual": "#D55E00", "frozen": "#999999"}

@@ -10,7 +10,7 @@ from statistics import fmean, stdev, variance
 from scipy.stats import t as student
 
 from common import UserError
-from run import read_config
+from run import finished, read_flags
 
 AVERAGE = "Avg."            # what a task of several sets calls the column over all of them
 LOWER_IS_BETTER = ("loss", "perplexity")
@@ -36,9 +36,9 @@ class SavedRun:
 def read_run(folder: str | Path) -> SavedRun | None:
     """None: the folder holds no finished run. UserError: a damaged one."""
     folder = Path(folder)
-    if not all((folder / name).is_file() for name in ("config.json", "result.json", "log.jsonl")):
+    if not finished(folder):
         return None
-    args = Namespace(**read_config(folder)["args"])
+    args = read_flags(folder)
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

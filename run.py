@@ -247,7 +247,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 # ---- what a run was
-def read_config(folder: str) -> dict:
+def read_config(folder: str | Path) -> dict:
     """config.json: args, versions, and what the run began with (see check_same)."""
     path = Path(folder) / "config.json"
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
@@ -267,7 +267,7 @@ def read_config(folder: str) -> dict:
         raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
 
 
-def read_run(folder: str) -> Namespace:
+def read_flags(folder: str | Path) -> Namespace:
     """The resolved flags of a run."""
     return Namespace(**read_config(folder)["args"])
 
@@ -278,7 +278,7 @@ def finished(folder: str | Path) -> bool:
 
 def saved_flags(given: Namespace) -> Namespace:
     """The flags of the run in --out. UserError: one that was given, too, is not the run's own."""
-    saved = read_run(given.out)
+    saved = read_flags(given.out)
     for name, value in vars(given).items():
         if name not in saved:
             raise UserError(f"{given.out}/config.json: has no {name}")
