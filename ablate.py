@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import product
 from pathlib import Path
@@ -42,7 +43,8 @@ from results import (AVERAGE, LOWER_IS_BETTER, SavedRun, chosen, main_metric, re
 from run import finished, hardware, locked, saved_flags
 
 VARIED = {"method": "methods", "rank": "ranks", "lr": "lrs", "seed": "seeds"}
-OURS = ("out", "overwrite", "resume", "from_peft", "epochs")    # not to be varied
+WHOLE = {"ranks": int, "seeds": int, "search_seeds": int}
+FIXED = ("out", "overwrite", "resume", "from_peft", "epochs", "task")        # not to be varied
 
 
 class Setting(NamedTuple):
@@ -89,10 +91,13 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
         if getattr(given, name) is not None:
             raise UserError(f"--{name}: give --{plural}, comma-separated")
     args.vary = [varied(text, given) for text in args.vary]
+    for name, times in Counter(name for name, _ in args.vary).items():
+        if times > 1:
+            raise UserError(f"--vary {name}: given twice; its values are comma-separated")
     args.search_seeds = args.search_seeds or args.seeds
     for name in (*VARIED.values(), "search_seeds"):
         if getattr(args, name) is not None:
-            setattr(args, name, values(flag(name), getattr(args, name)))
+            setattr(args, name, values(flag(name), getattr(args, name), WHOLE.get(name, str)))
     for method in args.methods:
         if method not in METHODS:
             raise UserError(f"--methods {method}: unknown{nearest(method, METHODS)}")
@@ -104,19 +109,22 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     return args, rest
 
 
-def values(name: str, text: str) -> list[str]:
-    """The values of a comma-separated list, each once."""
+def values(name: str, text: str, kind: type = str) -> list[str]:
+    """The values of a comma-separated list, each once: 0,00 is one seed."""
     found = [value.strip() for value in text.split(",")]
     if "" in found:
         raise UserError(f"{name} {text}: a value is missing")
-    return list(dict.fromkeys(found))
+    try:
+        return list(dict.fromkeys(str(kind(value)) for value in found))
+    except ValueError:
+        raise UserError(f"{name} {text}: not whole numbers") from None
 
 
 def varied(text: str, given: Namespace) -> tuple[str, list[str]]:
     """init-std=0.03,0.06 -> init_std, [0.03, 0.06]"""
     name, _, listed = text.partition("=")
     name = name.replace("-", "_")
-    known = vars(given).keys() - set(VARIED) - set(OURS)
+    known = vars(given).keys() - set(VARIED) - set(FIXED)
     if name not in known:
         raise UserError(f"--vary {text}: train.py has no such flag to vary" + nearest(name, known))
     if getattr(given, name) is not None:
@@ -145,11 +153,11 @@ def rates(method: str, lrs: list[str]) -> list[str]:
     found = {}
     for lr in lrs:
         try:
-            rate = f"{METHODS[method].lr * float(lr[1:]):g}" if lr[0] == "x" else lr
-            found.setdefault(float(rate), rate)
+            rate = METHODS[method].lr * float(lr[1:]) if lr[0] == "x" else float(lr)
+            found[f"{rate:g}"] = None       # one name a rate: 0.01 and 1e-2 are the same run
         except ValueError:
             raise UserError(f"--lrs {lr}: neither a learning rate nor x and a number") from None
-    return list(found.values())
+    return list(found)
 
 
 def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
@@ -307,7 +315,7 @@ def rows_of(best: Found, metric: str) -> list[dict[str, str]]:
         peers = [other for other in best if other.rank == setting.rank]
         winner = max(peers, key=lambda other: spread(scores[other])[0])
         shown = plus_minus(runs, metric, limits=True)
-        if len(peers) > 1 and setting == winner:
+        if len(peers) > 1 and setting == winner and n > 1:
             shown = f"**{shown}**"
         elif min(n, len(scores[winner])) > 1 and setting != winner:
             shown += " ~" * within_noise(scores[setting], scores[winner])
@@ -346,16 +354,20 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
     """What a reader must know of the table."""
     first = next(iter(best.values()))[0]
     tried = {setting: {run.args.lr for run in runs} for setting, runs in found.items()}
-    edge = [named(setting) for setting, runs in best.items() if len(tried[setting]) > 2
+    edge = [named(setting) for setting, runs in best.items() if len(tried[setting]) > 1
             and runs[0].args.lr in (min(tried[setting]), max(tried[setting]))]
     versions = first.result["versions"]
+    alike = {"steps": f"{first.args.steps} steps", "batch_size": f"{first.args.batch_size} a step",
+             "loss_on": f"loss on {first.args.loss_on}"}
+    for name, _ in args.vary:
+        alike.pop(name, None)
     lines = [
-        f"task {first.args.task}, {first.args.steps} steps of {first.args.batch_size}, loss on "
-        f"{first.args.loss_on}; {hardware(first.args.device)}, torch {versions['torch']}, "
-        f"{versions['threads']} thread(s) a run",
+        f"task {first.args.task}, {', '.join(alike.values())}; {hardware(first.args.device)}, "
+        f"torch {versions['torch']}, {versions['threads']} thread(s) a run",
         f"{metric} on the test split: mean ± standard deviation over seeds [Student's 95 % "
         "interval of the mean]; bold: the best of its rank; ~: a tie with it, Welch's 95 % "
-        "interval of the difference holds 0 (not corrected for the number of comparisons)",
+        "interval of the difference holds 0 (not corrected for the number of comparisons); one "
+        "seed decides nothing, and has neither",
         f"lr: of {', '.join(args.lrs)} (xN: N times the method's own) the best {metric} on "
         f"validation, on average over seeds {', '.join(args.search_seeds)}"]
     if edge:

@@ -37,10 +37,10 @@ from lora_dash import last_prelaunch_step
 from measures import (change_rates, direction_change, effective_rank, flipped, indices_of,
                       magnitude_change, normalised, null_rates, numerical_rank, overlap,
                       switched_off, top)
-from methods import METHODS, adapters, load, merge, state
+from methods import METHODS, adapters, merge, state
 from plots import COLOURS, LABELS, LogLocator, line_of, plt, save_figure
 from results import SavedRun, chosen, main_metric, read_runs, spread
-from run import fingerprint, read_config, snapshots, weights_dtype
+from run import fingerprint, load_adapters, read_config, snapshots, weights_dtype
 from train import ADAPTER_FLAGS, adapt
 
 
@@ -142,7 +142,9 @@ def end_of(run: SavedRun) -> Path:
 
 def trained(run: SavedRun, file: Path) -> nn.Module:
     """The model with the adapters of the file; float64, lest rounding look like rank."""
-    return load(deepcopy(pretrained(run)).double(), file)
+    model = deepcopy(pretrained(run)).double()
+    load_adapters(run.folder, model, file)
+    return model
 
 
 def weights(run: SavedRun, paths: list[str], file: Path) -> dict[str, tuple]:
@@ -179,8 +181,9 @@ def shared_steps(runs: list[SavedRun]) -> list[int]:
 
 
 def block_and_module(path: str) -> tuple[int, str]:
-    """layers.2.attn.q -> 2, q"""
-    return int(re.search(r"\.(\d+)\.", path)[1]), path.rpartition(".")[2]
+    """layers.2.attn.q -> 2, q; -1 for the block of a layer that is in none."""
+    block = re.search(r"\.(\d+)\.", path)
+    return int(block[1]) if block else -1, path.rpartition(".")[2]
 
 
 # ---- parts of figures
@@ -459,7 +462,8 @@ def draw_dora(sweep: Sweep):
     """magnitude_change() against direction_change() of the query weights: a point a layer, snapshot
     and seed, the darker the later; the line of least squares, its slope, and Pearson's r. DoRA
     paper, section 4.1, which found r = -0.62 for full fine-tuning, +0.83 for LoRA and -0.31 for
-    DoRA. The JSON has the line of every other module, too.
+    DoRA. The JSON has the line of every other module, too, and r of each seed, and of the layers
+    at one step: both changes grow from 0, which alone makes r of all steps positive.
     """
     runs = {method: of_method for method, of_method in sweep.at(sweep.rank).items()
             if all(len(saved_at(run)) > 1 for run in of_method)}
@@ -480,7 +484,10 @@ def draw_dora(sweep: Sweep):
                          "magnitude": magnitude_change(W, W0)})
         shown = "q" if "q" in modules else min(modules)
         numbers[method] = {"points": modules[shown], "lines": {
-            module: line_through(points) for module, points in modules.items()}}
+            module: line_through(points) | {
+                "r of each seed": [line["r"] for line in lines_by(points, "seed")],
+                "r of each step and seed": [line["r"] for line in lines_by(points, "step", "seed")]}
+            for module, points in modules.items()}}
         line = numbers[method]["lines"][shown]
         x, y, step = (np.array([point[name] for point in modules[shown]])
                       for name in ("direction", "magnitude", "step"))
@@ -508,10 +515,19 @@ def line_through(points: list[dict]) -> dict[str, float]:
     return {"slope": line.slope, "intercept": line.intercept, "r": line.rvalue}
 
 
+def lines_by(points: list[dict], *names: str) -> list[dict[str, float]]:
+    """A line for each value of what is named; none where two points or less would make it."""
+    groups = defaultdict(list)
+    for point in points:
+        groups[tuple(point[name] for name in names)].append(point)
+    return [line_through(group) for group in groups.values() if len(group) > 2]
+
+
 def draw_budget(sweep: Sweep):
     """AdaLoRA. Left: the directions of all layers that are not pruned, by step, beside the schedule
-    budget() (eq. 12); the mean over seeds, with a band from the least to the greatest. Right: how
-    many each layer has at the end, the mean over seeds."""
+    budget() (eq. 12); the mean over seeds, with a band from the least to the greatest. Between two
+    prunings (delta_t above 1) pruned ones may come back. Right: how many each layer has at the end,
+    the mean over seeds."""
     runs = sweep.need("adalora")["adalora"]
     steps, total = shared_steps(runs), runs[0].args.steps
     layers = list(adapters(trained(runs[0], end_of(runs[0]))).values())
@@ -556,8 +572,8 @@ def draw_directions(sweep: Sweep):
 
     Above, left: change_rates() of full fine-tuning and of LoRA by i, and null_rates(), what a
     Gaussian dW of that size would have: means over layers and seeds. Right: where (i/k) the s
-    directions lie that LoRA-Dash chose, and the task-specific ones: the s with the highest rates
-    in full fine-tuning; all layers and seeds, as densities.
+    directions lie that LoRA-Dash chose, the task-specific ones (the s with the highest rates in
+    full fine-tuning), and what would be those of a Gaussian dW; all layers and seeds, as densities.
     Below: the share of the task-specific directions among the s highest rates of a LoRA's dW, by
     its rank, by step, and by layer (in each module the blocks from first to last): the mean over
     layers and over all pairs of a seed of LoRA and one of full, a band from LoRA's least seed to
@@ -575,7 +591,8 @@ def draw_directions(sweep: Sweep):
                              label=LABELS[method] + ", if Gaussian" * bool(null))
     panels["rates"].set(yscale="log", xlabel="singular index i", ylabel="change rate")
     panels["where"].hist(list(numbers["where"].values()), np.linspace(0, 1, 11), density=True,
-                         color=[COLOURS["dash"], COLOURS["full"]], label=list(numbers["where"]))
+                         color=[COLOURS["dash"], COLOURS["full"], "0.7"],
+                         label=list(numbers["where"]))
     panels["where"].set(xlabel="singular index, i/k", ylabel="density")
     for name in ("ranks", "steps"):
         found = numbers[name].values()
@@ -642,6 +659,10 @@ def find_directions(sweep: Sweep) -> dict:
 
     dash = [{path: indices_of(layer.U, svd[path][0]) for path, layer in
              adapters(trained(run, end_of(run))).items()} for run in runs["dash"]]
+    generator = torch.Generator().manual_seed(0)
+    gaussian = [{path: top(change_rates(torch.randn(
+        len(U), Vt.shape[1], generator=generator, dtype=U.dtype), U, sigma, Vt), s)
+        for path, (U, sigma, Vt) in svd.items()} for _ in true]
     numbers = {"s": s, "layers": paths, "rates": {}, "ranks": {}, "steps": {}, "by layer": {
         "LoRA": np.mean([shares(highest(run, end_of(run))) for run in runs["lora"]], 0).tolist(),
         "smallest sigma": shares({path: set(range(k[path] - s, k[path])) for path in paths}),
@@ -654,7 +675,8 @@ def find_directions(sweep: Sweep) -> dict:
         numbers["rates"][method] = mean_rates(method, lambda dW, path: change_rates(dW, *svd[path]))
         numbers["rates"][f"{method}, null"] = mean_rates(
             method, lambda dW, path: null_rates(dW, svd[path][1]))
-    numbers["where"] = {"chosen by LoRA-Dash": places(dash), "task-specific": places(true)}
+    numbers["where"] = {"chosen by LoRA-Dash": places(dash), "task-specific": places(true),
+                        "of a Gaussian dW": places(gaussian)}
     for rank in sweep.ranks:
         if "lora" in sweep.at(rank):
             numbers["ranks"][rank] = [fmean(shares(highest(run, end_of(run))))

@@ -1,4 +1,4 @@
-"""What the project's figures share: a name and a colour a method, and the numbers beside each picture."""
+"""What the figures share: a name and a colour a method, and the numbers beside each picture."""
 import json
 from pathlib import Path
 

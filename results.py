@@ -4,8 +4,10 @@ import math
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass
+from numbers import Real as Number
 from pathlib import Path
 from statistics import fmean, stdev, variance
+from types import NoneType
 
 from scipy.stats import t as student
 
@@ -39,16 +41,34 @@ def read_run(folder: str | Path) -> SavedRun | None:
     if not finished(folder):
         return None
     args = read_flags(folder)
+    try:
+        check(vars(args), rank=(int, NoneType), lr=Number, seed=int, steps=int, batch_size=int)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
+        check(result, before=dict, after=dict, valid=dict, counts=dict, trainable=int,
+              seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict)
+        check(result["valid"], loss=Number, **{name: Number for name in result["after"]})
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in log:
+            check(line, step=int)
+            if "valid" in line:
+                check(line["valid"], loss=Number)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot read: {error}") from None
-    if "loss" not in result.get("valid", {}):
-        raise UserError(f"{folder / 'result.json'}: has no validation loss: an older version's run")
+        raise UserError(f"{path}: not what a run of this version leaves: {error}") from None
     return SavedRun(folder, args, result, log)
+
+
+def check(found, **kinds) -> None:
+    """ValueError: not a dict that has these names, with values of these types."""
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or name not in found:
+            raise ValueError(f"has no {name}")
+        if not isinstance(found[name], kind):
+            raise ValueError(f"{name} is {found[name]!r}")
 
 
 def read_runs(folder: str | Path) -> list[SavedRun]:
@@ -73,10 +93,15 @@ def validation(run: SavedRun, metric: str) -> float:
 
 def chosen(runs: list[SavedRun], metric: str | None = None) -> dict[tuple, list[SavedRun]]:
     """setting -> its runs with the learning rate that is best on validation, on average over seeds,
-    among the rates with the most seeds: a search may have tried others on fewer."""
+    among the rates with the most seeds: a search may have tried others on fewer. UserError: the
+    same run twice."""
     rates: dict[tuple, dict] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        rates[run.setting][run.args.lr].append(run)
+        of_rate = rates[run.setting][run.args.lr]
+        for other in of_rate:
+            if other.args.seed == run.args.seed:
+                raise UserError(f"{other.folder} and {run.folder} are the same run")
+        of_rate.append(run)
 
     def quality(runs: list[SavedRun]) -> tuple[int, float]:
         name = metric or main_metric(runs[0].result)

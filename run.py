@@ -166,7 +166,7 @@ class Run:
 
 def snapshots(folder: str | Path) -> list[Path]:
     """The run's snapshots, oldest first."""
-    return sorted(Path(folder, SNAPSHOTS).glob("*.safetensors"))
+    return sorted(Path(folder, SNAPSHOTS).glob("[0-9]*.safetensors"))
 
 
 def folders(args: Namespace) -> Iterator[str]:
@@ -327,9 +327,11 @@ def check_base(folder: str, model, dtype: torch.dtype) -> None:
     check_same(folder, base=fingerprint(model.state_dict(), dtype))
 
 
-def load_adapters(folder: str, model) -> None:
-    """Puts the run's trained adapters into its base model. UserError: they are another run's."""
-    file, began = Path(folder) / "adapter.safetensors", read_config(folder).get("adapters")
+def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
+    """Puts the run's adapters, trained or as in a snapshot, into its base model. UserError: they
+    are another run's."""
+    file = snapshot or Path(folder) / "adapter.safetensors"
+    began = read_config(folder).get("adapters")
     load(model, file)
     if not isinstance(began, list) or model.injected not in began:
         raise UserError(f"{file}: not the adapters that the run trained, but of "

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import ablate
+import results
 import train
 from results import difference, spread, within_noise
 from runs import refused, result_of
@@ -39,8 +40,8 @@ def test_the_grid_is_every_combination_once(capsys):
     lines = listed(capsys, "--methods", "lora,full", "--ranks", "2,8", "--lrs", "1e-3,1e-2",
                    "--seeds", "0,1", "--task", "mini", *SHORT)
     assert len(lines) == 2 * 2 * 2 + 2 * 2                      # full has no rank
-    assert lines[0] == ["--method", "lora", "--rank", "2", "--lr", "1e-3", "--seed", "0", "--task",
-                        "mini", *SHORT, "--out", "runs/sweep/mini-lora-r2-lr1e-3-s0", "--resume"]
+    assert lines[0] == ["--method", "lora", "--rank", "2", "--lr", "0.001", "--seed", "0", "--task",
+                        "mini", *SHORT, "--out", "runs/sweep/mini-lora-r2-lr0.001-s0", "--resume"]
     assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 
@@ -49,6 +50,11 @@ def test_learning_rates_are_around_each_method_s_own(capsys):
     assert [value_of(line, "--lr") for line in lines] == ["0.0075", "0.015", "0.03",
                                                           "0.001", "0.002", "0.004"]
     assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.015", *SHORT)) == 1
+
+
+def test_one_number_written_in_two_ways_is_one_run(capsys):
+    assert len(listed(capsys, "--methods", "lora", "--ranks", "4,04", "--lrs", "1e-2,0.01,.010",
+                      "--seeds", "0,00", *SHORT)) == 1
 
 
 def test_any_flag_can_be_varied_where_the_method_uses_it(capsys):
@@ -75,7 +81,7 @@ def test_a_command_can_be_given_again(capsys, monkeypatch):
         with pytest.raises(SystemExit):
             train.main(line)
     train.main(line)
-    run = Path("sweep/facts-dual-r8-lr0.01-s0")
+    run = Path(value_of(line, "--out"))
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert result_of(run)["method"] == "dual"
     capsys.readouterr()
@@ -137,8 +143,10 @@ def finish(flags: list[str], valid: float, test: float) -> None:
     (folder / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     (folder / "adapter.safetensors").write_text("")
     (folder / "result.json").write_text(json.dumps({
-        "before": {"new": 0.0, "kept": 1.0}, "valid": {"loss": 1.0, "new": valid, "kept": 0.5},
-        "after": {"new": test, "kept": 0.5}, "counts": {"new": 10}, "trainable": 55296,
+        "before": {"new": 0.0, "paraphrase": 0.0, "kept": 1.0},
+        "valid": {"loss": 1.0, "new": valid, "paraphrase": 0.4, "kept": 0.5},
+        "after": {"new": test, "paraphrase": 0.4, "kept": 0.5},
+        "counts": {"new": 10}, "trainable": 55296,
         "seconds": 30.0, "peak_memory_mb": 400.0, "versions": {"torch": "2", "threads": 1}}))
 
 
@@ -186,11 +194,28 @@ def test_the_learning_rate_is_chosen_on_validation_never_on_the_test(processes, 
     assert {row["after new"] for row in rows if row["chosen"] == "1"} == {"0.1"}
 
 
-def test_a_loss_is_better_when_it_is_lower(processes, capsys):
+def test_a_loss_is_better_when_it_is_lower(processes, capsys, monkeypatch):
+    monkeypatch.setattr(ablate, "LOWER_IS_BETTER", ("new",))
+    monkeypatch.setattr(results, "LOWER_IS_BETTER", ("new",))
+    processes.score = lambda args: (args.lr, {"lora": 0.9, "dora": 0.2}[args.method]
+                                    + 0.01 * args.seed)
+    ablate.main(["--methods", "lora,dora", "--lrs", "0.01,0.02", "--seeds", "0,1,2", *SHORT])
+    lora, dora = table_of(capsys.readouterr().out)
+    assert (lora["lr"], dora["lr"]) == ("0.01", "0.01")
+    assert dora["new"].startswith("**") and not lora["new"].startswith("**")
+
+
+def test_a_metric_that_the_task_has_not_is_told(processes, capsys):
     processes.score = lambda args: (0.5, 0.5)
     with pytest.raises(SystemExit):
         ablate.main(["--methods", "lora", "--metric", "loss", "--seeds", "0", *SHORT])
     assert "--metric loss: the task has no such metric" in capsys.readouterr().err
+
+
+def test_one_seed_decides_nothing(processes, capsys):
+    processes.score = lambda args: (0.5, {"lora": 0.9, "dora": 0.2}[args.method])
+    ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
+    assert [row["new"] for row in table_of(capsys.readouterr().out)] == ["0.900", "0.200"]
 
 
 def test_other_seeds_run_with_the_chosen_rate_alone(processes, capsys):
@@ -317,6 +342,9 @@ def test_a_difference_is_welch_s():
     (["--methods", "lora", "--vary", "alfa=1"], "did you mean alpha"),
     (["--methods", "lora", "--vary", "alpha"], "a value is missing"),
     (["--methods", "lora", "--vary", "seed=1"], "no such flag to vary"),
+    (["--methods", "lora", "--vary", "task=facts,mini"], "no such flag to vary"),
+    (["--methods", "lora", "--vary", "alpha=8", "--vary", "alpha=16"], "given twice"),
+    (["--methods", "lora", "--seeds", "one"], "--seeds one: not whole numbers"),
     (["--methods", "lora", "--vary", "alpha=8", "--alpha", "16"], "given for all runs"),
     (["--methods", "lora", "--vary", "steps=0"], "--steps 0"),
 ])

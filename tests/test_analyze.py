@@ -109,6 +109,11 @@ def test_the_best_rate_is_chosen_among_those_with_the_most_seeds(metric, best):
     assert [(run.args.lr, run.args.seed) for run in found] == [(best, 0), (best, 1)]
 
 
+def test_the_same_run_twice_is_not_two_seeds():
+    with pytest.raises(analyze.UserError, match="are the same run"):
+        chosen([fake_run(1e-3, 0, 0.5), fake_run(1e-3, 0, 0.5)])
+
+
 # ---- from runs
 def test_an_update_is_what_was_added_to_the_weight(sweep):
     path, run = "layers.2.attn.q", read_run(sweep / "lora-0")
@@ -173,6 +178,8 @@ def test_dora_has_a_point_a_layer_and_snapshot(figures):
     assert {method: len(row["points"]) for method, row in figures["dora"].items()} == {
         "full": 2 * 3 * 4, "lora": 2 * 3 * 4, "dora": 12, "adalora": 12, "dash": 12, "dual": 12}
     assert set(figures["dora"]["lora"]["lines"]) == {"q", "up"}
+    line = figures["dora"]["lora"]["lines"]["q"]                # of 2 seeds and 3 snapshots
+    assert len(line["r of each seed"]) == 2 and len(line["r of each step and seed"]) == 6
     assert all(point["direction"] >= 0 and point["magnitude"] >= 0
                for row in figures["dora"].values() for point in row["points"])
 
@@ -190,6 +197,7 @@ def test_directions_are_compared_in_every_layer(figures):
     assert found["by layer"]["chance"] == [8 / 128] * LAYERS
     assert len(found["where"]["chosen by LoRA-Dash"]) == 8 * LAYERS
     assert len(found["where"]["task-specific"]) == 2 * 8 * LAYERS
+    assert len(found["where"]["of a Gaussian dW"]) == 2 * 8 * LAYERS
     assert list(found["ranks"]) == ["4"] and list(found["steps"]) == ["2", "4", "6"]
     assert found["ranks"]["4"] == pytest.approx(found["steps"]["6"])
 
@@ -261,6 +269,29 @@ def test_another_base_model_or_start_is_refused(of_lora, capsys):
         start_of(read_sweep(of_lora).runs[0])
     edit(of_lora / "lora-0" / "result.json", lambda result: result.update(base="another"))
     assert "not the model that" in refused(capsys, str(of_lora), main=analyze.main)
+
+
+def test_adapters_of_another_run_are_refused(sweep, of_lora):
+    shutil.copy(sweep / "dash-0" / "adapter.safetensors", of_lora / "lora-0")
+    run = read_run(of_lora / "lora-0")
+    with pytest.raises(analyze.UserError, match="not the adapters that the run trained"):
+        updates(run, ["layers.2.attn.q"], end_of(run))
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("result.json", "[]", "has no before"), ("result.json", "{", "result.json"),
+    ("result.json", {"valid": {"loss": 1}}, "has no new"),
+    ("result.json", {"trainable": None}, "trainable is None"),
+    ("log.jsonl", "3\n", "has no step"), ("log.jsonl", '{"step": 0, "valid": 3}\n', "has no loss"),
+    ("config.json", {"lr": "fast"}, "lr is 'fast'")])
+def test_a_damaged_run_ends_with_one_line(name, content, said, of_lora, capsys):
+    path = of_lora / "lora-0" / name
+    if isinstance(content, str):
+        path.write_text(content)
+    else:
+        edit(path, lambda found: found.get("args", found).update(content))
+    text = refused(capsys, str(of_lora), main=analyze.main)
+    assert said in text and name in text
 
 
 def test_a_damaged_snapshot_ends_with_one_line(sweep, tmp_path, capsys):
