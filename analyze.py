@@ -3,7 +3,7 @@
     python analyze.py runs                  every figure that these runs allow, into runs/figures
     python analyze.py runs --figures loss,spectra --out assets
 The runs are those of a sweep (ablate.py). Where several ranks were run, a figure of one rank takes
-the rank with the most methods; of several, the middle one. A figure by step needs snapshots: give
+the rank with the most runs; of several, the largest. A figure by step needs snapshots: give
 train.py or ablate.py --snapshot-every. Beside each PNG stand its numbers as JSON; what they are is
 said once, in the docstring of the figure's function. Weights are (out, in); dW = W' - W0 is what a
 run has changed in one layer.
@@ -71,11 +71,11 @@ class Sweep:
 
     @property
     def rank(self) -> int | None:
-        """Of the figures that show one: the rank of the most methods; of several, the middle."""
-        methods = Counter(rank for _, rank in self.chosen)
-        most = max(methods[rank] for rank in self.ranks)
-        common = [rank for rank in self.ranks if methods[rank] == most]
-        return common[len(common) // 2]
+        """Of the figures that show one: the rank with the most runs; of several, the largest."""
+        runs = Counter()
+        for (_, rank), of_rank in self.chosen.items():
+            runs[rank] += len(of_rank)
+        return max(self.ranks, key=lambda rank: (runs[rank], rank))
 
     def at(self, rank: int | None) -> dict[str, list[SavedRun]]:
         """Method -> its chosen runs at the rank, and the runs without a rank (full)."""
@@ -351,7 +351,7 @@ def losses_of(run: SavedRun) -> dict[int, float]:
 
 def draw_score(sweep: Sweep):
     """The main metric on the test split against the number of trainable parameters: the mean over
-    seeds with its 95 % t-interval. full is also a line across. The others are drawn up to 20 %
+    seeds with its 95 % t-interval. full is also a line across. The others are drawn up to 10 %
     beside their numbers of parameters, since many are equal."""
     rows = [{"method": method, "rank": rank, "lr": runs[0].args.lr,
              "trainable": runs[0].result["trainable"],
@@ -364,13 +364,15 @@ def draw_score(sweep: Sweep):
         row["mean"], row["sd"], row["t_interval"] = spread(row["scores"])
     for i, method in enumerate(methods):
         line = [row for row in rows if row["method"] == method]
-        beside = 1.0 if method == "full" else 1.06 ** (i - len(methods) / 2)
+        beside = 1.0 if method == "full" else 1.03 ** (i - len(methods) / 2)
         axes.errorbar([row["trainable"] * beside for row in line], [row["mean"] for row in line],
                       [row["t_interval"] or 0 for row in line], capsize=3, label=LABELS[method],
                       **line_of(method))
         if method == "full":
             axes.axhline(line[0]["mean"], color=COLOURS["full"], linestyle=":", linewidth=1)
     axes.set(xscale="log", xlabel="trainable parameters", ylabel=sweep.score_on("test"))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
     legend(figure, [axes])
     return figure, rows
