@@ -26,7 +26,7 @@ import distributed, eval, train
 for method in {list(METHODS)!r}:
     train.main(["--method", method, "--out", method, *{FLAGS!r}])
 train.main(["--method", "lora", "--dropout", "0.2", "--out", "dropout", *{FLAGS!r}])
-train.main(["--method", "lora", "--grad-accum", "2", "--out", "accum", *{FLAGS!r}])
+train.main(["--method", "full", "--grad-accum", "2", "--out", "accum", *{FLAGS!r}])
 
 def stop(*_): raise KeyboardInterrupt
 whole, train.Run.finish = train.Run.finish, stop
@@ -79,10 +79,11 @@ def test_three_processes_equal_one_that_accumulates_three_times(method, three, t
 
 
 def test_micro_batches_of_processes_are_slices_of_one_batch(three, tmp_path):
-    train.main(["--method", "lora", "--grad-accum", "6", "--out", str(tmp_path / "one"), *FLAGS])
-    # (a + b) + (c + d) + (e + f) rounds otherwise than a sum from left to right, and Adam makes a
-    # step of full size out of a gradient that is nothing but rounding: few entries may part.
-    assert (differences(three / "accum", tmp_path / "one") > 1e-5).double().mean() < 0.01
+    # full: Adam makes a step of full size out of a gradient that is nothing but rounding, as some
+    # of an adapter's are in its first steps.
+    train.main(["--method", "full", "--grad-accum", "6", "--out", str(tmp_path / "one"), *FLAGS])
+    # Not 1e-6: (a + b) + (c + d) + (e + f) rounds otherwise than a sum from left to right.
+    assert differences(three / "accum", tmp_path / "one").max() < 1e-5
     losses = [[json.loads(line)["loss"] for line in open(folder / "log.jsonl")]
               for folder in (three / "accum", tmp_path / "one")]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
