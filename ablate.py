@@ -353,9 +353,7 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
           failed: dict[str, str]) -> str:
     """What a reader must know of the table."""
     first = next(iter(best.values()))[0]
-    tried = {setting: {run.args.lr for run in runs} for setting, runs in found.items()}
-    edge = [named(setting) for setting, runs in best.items() if len(tried[setting]) > 1
-            and runs[0].args.lr in (min(tried[setting]), max(tried[setting]))]
+    edge = [named(setting) for setting, runs in best.items() if at_edge(runs, found[setting])]
     versions = first.result["versions"]
     alike = {"steps": f"{first.args.steps} steps", "batch_size": f"{first.args.batch_size} a step",
              "loss_on": f"loss on {first.args.loss_on}"}
@@ -375,6 +373,12 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
                      + ", ".join(edge))
     lines += [f"no result from {name}: {said}" for name, said in failed.items()]
     return "".join(f"- {line}\n" for line in lines)
+
+
+def at_edge(best: list[SavedRun], tried: list[SavedRun]) -> bool:
+    """The best learning rate is the lowest or the highest of several."""
+    rates = {run.args.lr for run in tried}
+    return len(rates) > 1 and best[0].args.lr in (min(rates), max(rates))
 
 
 def named(setting: Setting) -> str:

@@ -1,5 +1,6 @@
 """What the figures share: a name and a colour a method, and the numbers beside each picture."""
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -11,13 +12,25 @@ matplotlib.use("Agg")           # files only: no window, no display needed
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import LogLocator  # noqa: E402, F401
 
-LABELS = {"full": "full", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "adalora": "AdaLoRA",
-          "dash": "LoRA-Dash", "dual": "Dual LoRA", "frozen": "frozen layer"}
-# Okabe and Ito's palette, which colour-blind readers can tell apart; markers for print.
-COLOURS = {"full": "#000000", "lora": "#0072B2", "lora+": "#56B4E9", "dora": "#009E73",
-           "adalora": "#E69F00", "dash": "#CC79A7", "dual": "#D55E00", "frozen": "#999999"}
-MARKERS = {"full": "s", "lora": "o", "lora+": "P", "dora": "^", "adalora": "D", "dash": "v",
-           "dual": "*", "frozen": "."}
+
+class Labels(dict):
+    """A method of one's own is called what METHODS calls it."""
+
+    def __missing__(self, method: str) -> str:
+        return method
+
+
+LABELS = Labels({
+    "full": "full", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "adalora": "AdaLoRA",
+    "dash": "LoRA-Dash", "dual": "Dual LoRA", "frozen": "frozen layer"})
+# Okabe and Ito's palette, which colour-blind readers can tell apart; markers for print. Methods of
+# one's own share what is left.
+COLOURS = defaultdict(lambda: "#882255", {
+    "full": "#000000", "lora": "#0072B2", "lora+": "#56B4E9", "dora": "#009E73",
+    "adalora": "#E69F00", "dash": "#CC79A7", "dual": "#D55E00", "frozen": "#999999"})
+MARKERS = defaultdict(lambda: "X", {
+    "full": "s", "lora": "o", "lora+": "P", "dora": "^", "adalora": "D", "dash": "v", "dual": "*",
+    "frozen": "."})
 
 
 def line_of(method: str) -> dict:

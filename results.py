@@ -41,10 +41,6 @@ def read_run(folder: str | Path) -> SavedRun | None:
     if not finished(folder):
         return None
     args = read_flags(folder)
-    try:
-        check(vars(args), rank=(int, NoneType), lr=Number, seed=int, steps=int, batch_size=int)
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

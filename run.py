@@ -23,6 +23,7 @@ import sys
 import zipfile
 from argparse import Namespace
 from contextlib import contextmanager
+from numbers import Real as Number
 from pathlib import Path
 from types import NoneType
 from typing import Callable, Iterator
@@ -251,7 +252,8 @@ def read_config(folder: str | Path) -> dict:
     """config.json: args, versions, and what the run began with (see check_same)."""
     path = Path(folder) / "config.json"
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
-                 max_eval=(int, NoneType))
+                 max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
+                 batch_size=int)
     kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

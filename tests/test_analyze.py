@@ -278,6 +278,14 @@ def test_adapters_of_another_run_are_refused(sweep, of_lora):
         updates(run, ["layers.2.attn.q"], end_of(run))
 
 
+def test_a_method_of_one_s_own_is_drawn_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(analyze.METHODS, "mine", analyze.METHODS["lora"])
+    train_one(tmp_path, "mine-0", "--method", "mine", *ADAPTERS)
+    analyze.main([str(tmp_path), "--figures", "loss,score,spectra,dora"])
+    spectra = json.loads((tmp_path / "figures" / "spectra.json").read_text())
+    assert max(spectra["mine"]["numerical_rank"]) <= 4
+
+
 @pytest.mark.parametrize("name, content, said", [
     ("result.json", "[]", "has no before"), ("result.json", "{", "result.json"),
     ("result.json", {"valid": {"loss": 1}}, "has no new"),
