@@ -422,29 +422,36 @@ def draw(found: Found, best: Found, out: Path) -> list[str]:
 
 
 # ---- the command
+def search_of(args: Namespace, rest: list[str]) -> list[Trial]:
+    """Every learning rate of every setting, with the search's seeds."""
+    return [trial(setting, lr, seed, args, rest) for setting in settings(args)
+            for lr in rates(setting.method, args.lrs) for seed in args.search_seeds]
+
+
+def rest_of(args: Namespace, rest: list[str], search: list[Trial]) -> list[Trial]:
+    """The chosen rate of every setting with the other seeds, once the search is done."""
+    found = collect(search)
+    best = best_rates(found, metric_of(found, args.metric)) if found else {}
+    return [trial(t.setting, t.lr, seed, args, rest) for t in search
+            if t.seed == args.search_seeds[0] and t.setting in best
+            and float(t.lr) == best[t.setting][0].args.lr
+            for seed in args.seeds if seed not in args.search_seeds]
+
+
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args, rest = parse(argv)
-    grid = {setting: rates(setting.method, args.lrs) for setting in settings(args)}
-    search = [trial(setting, lr, seed, args, rest) for setting, lrs in grid.items() for lr in lrs
-              for seed in args.search_seeds]
-    later = [seed for seed in args.seeds if seed not in args.search_seeds]
-
-    def with_chosen_rates() -> list[Trial]:
-        found = collect(search)
-        best = best_rates(found, metric_of(found, args.metric)) if found else {}
-        return [trial(setting, lr, seed, args, rest) for setting, runs in best.items()
-                for lr in grid[setting] if float(lr) == runs[0].args.lr for seed in later]
-
+    search = search_of(args, rest)
     if args.list:
         ready = all(finished(t.folder) for t in search)
-        for t in search + (with_chosen_rates() if ready else []):
+        for t in search + (rest_of(args, rest, search) if ready else []):
             print(shlex.join([sys.executable, train.__file__, *t.flags]))
         return
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(args.jobs, len(search) + len(grid) * len(later))
+    later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
+    sweep = Sweep(args.jobs, len(search) + later)
     sweep.perform(search)
-    trials = search + with_chosen_rates()
+    trials = search + rest_of(args, rest, search)
     sweep.perform(trials[len(search):])
     sweep.bar.close()
 

@@ -5,22 +5,23 @@
     python claims.py write              the README's tables and the figures, from finished parts
 
 Each part is a few sweeps of ablate.py, which says how a learning rate is chosen. What a method
-leaves open (choices) was set on facts of another seed than the claims use, with as many trials for
-every method; TUNED is what came out.
+leaves open (choices) is set with `--rewrite-seed 1`, other facts rewritten than the claims use, and
+with as many trials for every method; TUNED and Dual LoRA's defaults are what came of it.
 """
-import csv
 import shlex
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, NamedTuple
 
 import ablate
-from ablate import Setting
-from analyze import FIGURES, Sweep, read_sweep
+from ablate import Found, Setting
+from analyze import FIGURES, Sweep
 from common import Parser, UserError, atomic_write, exit_on_user_error, nearest
 from methods import METHODS
 from plots import LABELS, save_figure
-from results import difference, spread
+from results import difference
+from run import finished
 
 ROOT = Path(__file__).resolve().parent
 README = ROOT / "README.md"
@@ -55,13 +56,13 @@ PARTS = {
                 f"{' '.join(f'--vary {choice}' for choice in choices.split())} "
                 f"--out {RUNS}/choices/{method}" for method, choices in CHOICES.items()],
     "facts": [
-        *tuned(ADAPTERS, 8, f"--lrs x0.5,x0.7,x1 --seeds 0,1,2,3,4 {FACTS}"),
-        *tuned(ADAPTERS, 2, f"--lrs x0.7,x1,x1.4 --seeds 0,1,2,3,4 {FACTS}"),
-        *tuned(ADAPTERS, 4, f"--lrs x0.5,x0.7,x1 --seeds 0,1,2 {FACTS}"),
-        *tuned("lora,dual", 16, f"--lrs x0.5,x0.7,x1 --seeds 0,1,2 {FACTS}"),
+        *tuned(ADAPTERS, 8, f"--lrs x0.35,x0.5,x0.7,x1 --seeds 0,1,2,3,4 {FACTS}"),
+        *tuned(ADAPTERS, 2, f"--lrs x0.7,x1,x1.4,x2 --seeds 0,1,2,3,4 {FACTS}"),
+        *tuned(ADAPTERS, 4, f"--lrs x0.5,x0.7,x1,x1.4 --seeds 0,1,2 {FACTS}"),
+        *tuned("lora,dual", 16, f"--lrs x0.35,x0.5,x0.7,x1 --seeds 0,1,2 {FACTS}"),
         f"--methods full --lrs x0.5,x1,x2 --seeds 0,1,2,3,4 {FACTS}"],
-    "rank-1": tuned("dash", 1, f"--lrs x0.7,x1,x1.4 {SEARCH} --out {RUNS}/rank-1"),
-    "one-rate": tuned("dora,adalora,dash,dual", 8,      # LoRA's
+    "rank-1": tuned("dash", 1, f"--lrs x0.7,x1,x1.4,x2 {SEARCH} --out {RUNS}/rank-1"),
+    "one-rate": tuned("lora,dora,adalora,dash,dual", 8,
                       f"--lrs 7.5e-3 --seeds 0,1,2 --out {RUNS}/one-rate"),
     "mini": [f"--methods {methods} --task mini --lrs {rates} {SEARCH} --out {RUNS}/mini"
              for methods, rates in (("full,lora+", "1e-3,2e-3"), ("lora,dora,dash", "7e-3,1e-2"),
@@ -70,31 +71,45 @@ PARTS = {
                  f"--out {RUNS}/defaults"]}
 
 
-def read_part(part: str) -> Sweep:
-    """The runs of a part. UserError: not all of them are there."""
-    folder = Path(RUNS, part)
-    sweep = read_sweep(folder)
+class Unfinished(UserError):
+    """Not all runs of a part are there."""
+
+
+def read_lines(part: str) -> list[tuple[Found, Found]]:
+    """What each sweep of a part found: all its runs, and those with the chosen learning rates."""
+    lines = []
     for line in PARTS[part]:
-        args, _ = ablate.parse(shlex.split(line))
-        for setting in ablate.settings(args):
-            rank = None if setting.rank is None else int(setting.rank)
-            runs = sweep.chosen.get((setting.method, rank), [])
-            missing = {int(seed) for seed in args.seeds} - {run.args.seed for run in runs}
+        args, rest = ablate.parse(shlex.split(line))
+        search = ablate.search_of(args, rest)
+        for trials in (search, ablate.rest_of(args, rest, search)):
+            missing = [t.folder for t in trials if not finished(t.folder)]
             if missing:
-                raise UserError(f"{folder}: {ablate.named(setting)} lacks seed "
-                                f"{', '.join(map(str, sorted(missing)))}: python claims.py {part}")
-    return sweep
+                raise Unfinished(f"{missing[0]}: no finished run, and {len(missing) - 1} more like "
+                                 f"it; first: python claims.py {part}")
+        found = ablate.collect(search + trials)
+        lines.append((found, ablate.best_rates(found, ablate.metric_of(found, args.metric))))
+    return lines
+
+
+def read_part(part: str) -> Sweep:
+    """The runs of a part that varies methods and ranks alone."""
+    lines = read_lines(part)
+    return Sweep([run for found, _ in lines for runs in found.values() for run in runs],
+                 {(setting.method, None if setting.rank is None else int(setting.rank)): runs
+                  for _, best in lines for setting, runs in best.items()})
 
 
 # ---- what a claim comes to
 class Verdict(NamedTuple):
     """A row of the README's table."""
     claim: str
+    runs: str           # the parts that it rests on
     here: str
     verdict: str        # seen, not seen, opposite
 
 
 Scores = dict[tuple[str, int | None], list[float]]      # by method and rank, a score a seed
+Pairs = list[tuple[list[float], list[float]]]           # scores of two methods
 
 
 def scores_of(sweep: Sweep) -> Scores:
@@ -103,30 +118,41 @@ def scores_of(sweep: Sweep) -> Scores:
             for key, runs in sweep.chosen.items()}
 
 
-def pairs(a: str, b: str, tables: list[Scores]) -> list[tuple[list[float], list[float]]]:
+def pairs(a: str, b: str, tables: list[Scores]) -> Pairs:
     """The scores of methods a and b wherever both were run."""
     return [(table[a, rank], table[b, rank]) for table in tables
             for rank in sorted({rank for method, rank in table if method == a and rank})
             if (b, rank) in table]
 
 
-def higher(compared: list[tuple[list[float], list[float]]]) -> str:
-    """Whether the first of each pair is better. seen: in most pairs the 95 % interval of the
-    difference is above 0, in none below; opposite: the other way round. Two means above CEILING
-    are no pair."""
-    limits = [difference(a, b)[1:] for a, b in compared if min(fmean(a), fmean(b)) <= CEILING]
-    above, below = sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits)
-    if 2 * above > len(limits) and not below:
-        return "seen"
-    return "opposite" if 2 * below > len(limits) and not above else "not seen"
+def comparable(compared: Pairs) -> Pairs:
+    """Without the pairs that are both above CEILING."""
+    return [(a, b) for a, b in compared if min(fmean(a), fmean(b)) <= CEILING]
 
 
-def as_good(compared: list[tuple[list[float], list[float]]]) -> str:
-    """seen: the first mean of each pair is at most MARGIN below the second."""
-    return "seen" if all(fmean(a) - fmean(b) >= -MARGIN for a, b in compared) else "not seen"
+def beyond_noise(compared: Pairs) -> tuple[int, int]:
+    """In how many pairs the 95 % interval of the difference is above 0, and below."""
+    limits = [difference(a, b)[1:] for a, b in comparable(compared)]
+    return sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits)
 
 
-def shown(compared: list[tuple[list[float], list[float]]]) -> str:
+def higher(compared: Pairs) -> str:
+    """Whether the first of each pair is better. seen: beyond noise in more than half of the
+    comparable pairs, and worse beyond noise in none; opposite: the other way round."""
+    above, below = beyond_noise(compared)
+    half = len(comparable(compared)) / 2
+    return "seen" if above > half and not below else "opposite" if below > half and not above \
+        else "not seen"
+
+
+def as_good(compared: Pairs) -> str:
+    """seen: no 95 % interval of a difference reaches below -MARGIN; opposite: all are below it."""
+    limits = [difference(a, b)[1:] for a, b in compared]
+    return ("seen" if all(low >= -MARGIN for low, _ in limits) else
+            "opposite" if all(high < -MARGIN for _, high in limits) else "not seen")
+
+
+def shown(compared: Pairs) -> str:
     """The differences of the means ± half the width of Welch's 95 % interval."""
     return ", ".join(f"{mean:+.3f} ± {high - mean:.3f}"
                      for mean, _, high in (difference(a, b) for a, b in compared))
@@ -140,36 +166,33 @@ def ranges(table: Scores, methods: list[str], seeds: int) -> list[float]:
 
 def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
     """The claims about which method scores higher."""
-    facts, found = parts["facts"], []
-
-    def beats(a: str, others: list[str], claim: str) -> None:
-        compared = {b: pairs(a, b, [facts, parts["mini"]]) for b in others}
-        found.append(Verdict(claim, "; ".join(f"to {LABELS[b]} {shown(compared[b])}"
-                                              for b in others), higher(sum(compared.values(), []))))
-
-    beats("dual", ["lora", "lora+", "dora"],
-          "Dual LoRA beats LoRA, LoRA+ and DoRA at equal parameters, at every budget")
-    beats("adalora", ["lora"], "AdaLoRA beats LoRA at the same final budget")
-    beats("dash", ["lora"], "LoRA-Dash beats LoRA")
+    facts = parts["facts"]
+    found = []
+    for a, b, which in (
+            ("dual", "lora", " at equal parameters, at every budget"),
+            ("dual", "lora+", " likewise"), ("dual", "dora", " likewise"),
+            ("adalora", "lora", " at the same final budget"), ("dash", "lora", "")):
+        compared = pairs(a, b, [facts, parts["mini"]])
+        above, below = beyond_noise(compared)
+        found.append(Verdict(
+            f"{LABELS[a]} beats {LABELS[b]}{which}", "facts, mini",
+            f"{shown(compared)}: better beyond noise in {above}, worse in {below} of "
+            f"{len(comparable(compared))}", higher(compared)))
     small = [(parts["rank-1"]["dash", 1], facts["lora", rank]) for rank in (8, 16)]
     found.append(Verdict("LoRA-Dash reaches LoRA's score with 8 to 16 times fewer parameters",
-                         f"rank 1 to LoRA's 8 and 16: {shown(small)}", as_good(small)))
+                         "facts, rank-1", f"rank 1 less LoRA's 8 and 16: {shown(small)}",
+                         as_good(small)))
     half = [(facts["dora", rank], facts["lora", 2 * rank]) for rank in (2, 4)]
-    found.append(Verdict("DoRA at half the rank matches LoRA",
-                         f"rank 2 to LoRA's 4, 4 to 8: {shown(half)}", as_good(half)))
-    one_rate = parts["one-rate"] | {("lora", 8): facts["lora", 8]}
-    methods = [method for method, _ in one_rate]
-    before, after = (ranges(table, methods, 3) for table in (one_rate, facts))
+    found.append(Verdict("DoRA at half the rank matches LoRA", "facts",
+                         f"rank 2 less LoRA's 4, 4 less 8: {shown(half)}", as_good(half)))
+    methods = [method for method, _ in parts["one-rate"]]
+    before, after = (ranges(table, methods, 3) for table in (parts["one-rate"], facts))
     found.append(Verdict(
-        "Tuned learning rates shrink the differences",
-        f"best less worst of {len(methods)} adapters at rank 8, seeds 0 to 2: {plus_minus(before)} "
-        f"at one rate, {plus_minus(after)} with each its own", higher([(before, after)])))
+        "Tuned learning rates shrink the differences", "facts, one-rate",
+        f"best less worst of {len(methods)} adapters at rank 8: {fmean(before):.3f} with the rate "
+        f"that suits LoRA, {fmean(after):.3f} with each its own: {shown([(after, before)])}",
+        higher([(before, after)])))
     return found
-
-
-def plus_minus(numbers: list[float]) -> str:
-    mean, sd, _ = spread(numbers)
-    return f"{mean:.3f} ± {sd:.3f}"
 
 
 def of_spectra(numbers: dict) -> Verdict:
@@ -178,7 +201,7 @@ def of_spectra(numbers: dict) -> Verdict:
                               for label in ("Dual LoRA", "Dual: Sign(DC)", "full", "LoRA"))
     k = len(numbers["full"]["median"])
     return Verdict(
-        "Dual LoRA's update, and its matrix of signs, are nearly of full rank",
+        "Dual LoRA's update, and its matrix of signs, are nearly of full rank", "facts",
         f"singular values above 1 %: {dual['numerical_rank']:.0f} and {sign['numerical_rank']:.0f} "
         f"of {k}, LoRA's {lora['numerical_rank']:.0f}; effective rank "
         f"{dual['effective_rank']:.0f} and {sign['effective_rank']:.0f}, full's "
@@ -187,46 +210,54 @@ def of_spectra(numbers: dict) -> Verdict:
 
 
 def of_places(numbers: dict) -> Verdict:
-    """Where the directions of the highest change rates lie among the singular values."""
+    """Where the directions of the highest change rates lie among the singular values. seen: in
+    each seed most are in the smaller half, but half as many among the s smallest, or fewer, as of
+    a Gaussian update."""
     s, k = numbers["s"], len(numbers["rates"]["full"])
 
-    def share(name: str, start: float) -> float:
-        return fmean(place >= start for place in numbers["where"][name])
+    def shares(name: str, start: float) -> list[float]:
+        """One a seed: the places stand seed by seed, s of each layer."""
+        n = s * len(numbers["layers"])
+        places = numbers["where"][name]
+        return [fmean(place >= start for place in places[i:i + n])
+                for i in range(0, len(places), n)]
 
-    small, smallest = (share("task-specific", start) for start in (0.5, 1 - s / k))
-    null = share("of a Gaussian dW", 1 - s / k)
+    small, smallest = (shares("task-specific", start) for start in (0.5, 1 - s / k))
+    null = fmean(shares("of a Gaussian dW", 1 - s / k))
     return Verdict(
-        "Task-specific directions sit at small but not the smallest singular values",
-        f"{small:.0%} in the smaller half, {smallest:.0%} among the {s} smallest of {k} "
-        f"(of a Gaussian update {null:.0%})",
-        "seen" if small > 0.5 and smallest <= null / 2 else "not seen")
+        "Task-specific directions sit at small but not the smallest singular values", "facts",
+        f"{fmean(small):.0%} in the smaller half, {fmean(smallest):.0%} among the {s} smallest of "
+        f"{k} (of a Gaussian update {null:.0%})",
+        "seen" if min(small) > 0.5 and max(smallest) <= null / 2 else "not seen")
 
 
 def of_overlap(numbers: dict) -> Verdict:
     """LoRA's overlap with full's task-specific directions, beside that of the smallest sigma, for
-    which nothing need be learnt."""
-    ranks, steps = ([fmean(seeds) for seeds in numbers[name].values()] for name in
-                    ("ranks", "steps"))
+    which nothing need be learnt. seen: larger with every rank, step, seed, and in most layers."""
+    ranks, steps = ([share for seeds in numbers[name].values() for share in seeds]
+                    for name in ("ranks", "steps"))
     layers, null = numbers["by layer"]["LoRA"], numbers["by layer"]["smallest sigma"]
     beaten = sum(a > b for a, b in zip(layers, null))
-    seen = min(ranks + steps) > fmean(null) and beaten == len(layers)
+    seen = min(ranks + steps) > fmean(null) and 2 * beaten > len(layers)
     return Verdict(
         "Directions predicted from LoRA overlap with the task-specific ones, whatever the rank, "
-        "step, layer",
+        "step, layer", "facts",
         f"{min(ranks):.2f} to {max(ranks):.2f} over ranks, {min(steps):.2f} to {max(steps):.2f} "
-        f"over steps; the smallest singular values alone {fmean(null):.2f}, more than LoRA in "
-        f"{len(layers) - beaten} of {len(layers)} layers; another seed of full "
+        f"over steps; the smallest singular values alone {fmean(null):.2f}, which LoRA exceeds in "
+        f"{beaten} of {len(layers)} layers; another seed of full "
         f"{fmean(numbers['by layer']['another seed of full']):.2f}", "seen" if seen else "not seen")
 
 
 def of_slopes(numbers: dict) -> Verdict:
-    r = {method: numbers[method]["lines"]["q"]["r"] for method in ("full", "lora", "dora", "dual")}
-    seen = r["full"] < 0 and r["dora"] < 0 and r["lora"] > 0
-    opposite = r["full"] > 0 and r["dora"] > 0 and r["lora"] < 0
+    """seen: the signs of the claim in every seed; opposite: the other signs in every seed."""
+    lines = {method: numbers[method]["lines"]["q"] for method in ("full", "lora", "dora", "dual")}
+    claimed = [sign * r for method, sign in (("full", -1), ("dora", -1), ("lora", 1))
+               for r in lines[method]["r of each seed"]]
     return Verdict(
         "Magnitude against direction: a negative slope for full and DoRA, a positive one for LoRA",
-        "r = " + ", ".join(f"{value:+.2f} ({LABELS[method]})" for method, value in r.items()),
-        "seen" if seen else "opposite" if opposite else "not seen")
+        "facts", "r = " + ", ".join(f"{line['r']:+.2f} ({LABELS[method]})"
+                                    for method, line in lines.items()),
+        "seen" if min(claimed) > 0 else "opposite" if max(claimed) < 0 else "not seen")
 
 
 # ---- the README
@@ -245,19 +276,13 @@ def table_of(sweep: Sweep) -> str:
 def table_of_choices() -> str:
     """The validation score of every setting, with the better of its learning rates."""
     rows = []
-    for method in CHOICES:
-        path = Path(RUNS, "choices", method, "results.csv")
-        with open(path, newline="", encoding="utf-8") as file:
-            runs = list(csv.DictReader(file))
-        varied = list(runs[0])[2:list(runs[0]).index("lr")]
-        scores: dict[str, float] = {}
-        for run in runs:
-            name = ", ".join(f"{flag.replace('_', '-')} {run[flag]}" for flag in varied
-                             if run[flag]) or "as it is"
-            scores[name] = max(scores.get(name, 0.0), float(run["valid new"]))
-        best = sorted(scores, key=scores.get, reverse=True)
-        rows.append({"method": f"`{method}`", "validation `new`": "; ".join(
-            f"{name} {scores[name]:.3f}" for name in best)})
+    for _, best in read_lines("choices"):
+        scores = {", ".join(f"{name.replace('_', '-')} {value}" for name, value in setting.varied
+                            if value) or "as it is": run.result["valid"]["new"]
+                  for setting, (run,) in best.items()}
+        order = sorted(scores, key=scores.get, reverse=True)
+        rows.append({"method": f"`{next(iter(best)).method}`", "validation `new`": "; ".join(
+            f"{name} {scores[name]:.3f}" for name in order)})
     return ablate.markdown(rows)
 
 
@@ -292,28 +317,39 @@ def with_scores(rows: str, sweep: Sweep) -> str:
 
 
 def write() -> None:
-    """Tables and figures of the parts that were run; those of the others stay as they are.
-    UserError: a part is half done."""
-    begun = [part for part in PARTS if Path(RUNS, part).exists()]
-    sweeps = {part: read_part(part) for part in begun if part != "choices"}
-    text = README.read_text(encoding="utf-8")
-    if "choices" in begun:
-        text = replaced(text, "choices", table_of_choices())
-    for part in sweeps.keys() & {"facts", "mini", "defaults"}:
-        text = replaced(text, part, table_of(sweeps[part]))
+    """Tables and figures of the parts that are finished; those of the others stay as they are.
+    UserError: the README lacks a mark."""
+    for name in ("methods", "facts", "mini", "claims", "choices", "defaults"):
+        inside(README.read_text(encoding="utf-8"), name)
+    tables, sweeps = {}, {}
+    for part in PARTS:
+        try:
+            if part == "choices":
+                tables[part] = table_of_choices()
+            else:
+                sweeps[part] = read_part(part)
+        except Unfinished as error:
+            print(error)
+    tables |= {part: table_of(sweeps[part]) for part in ("facts", "mini", "defaults")
+               if part in sweeps}
     if "facts" in sweeps:
-        text = replaced(text, "methods", with_scores(inside(text, "methods"), sweeps["facts"]))
         numbers = {}
         for name, draw in FIGURES.items():
             figure, numbers[name] = draw(sweeps["facts"])
             save_figure(figure, ROOT / "assets" / f"{name}.png", numbers[name])
+        tables["methods"] = with_scores(inside(README.read_text(encoding="utf-8"), "methods"),
+                                        sweeps["facts"])
         if sweeps.keys() >= {"mini", "rank-1", "one-rate"}:
             verdicts = [*of_scores({part: scores_of(sweep) for part, sweep in sweeps.items()}),
                         of_spectra(numbers["spectra"]), of_places(numbers["directions"]),
                         of_overlap(numbers["directions"]), of_slopes(numbers["dora"])]
-            text = replaced(text, "claims", ablate.markdown([v._asdict() for v in verdicts]))
+            tables["claims"] = ablate.markdown([v._asdict() for v in verdicts])
+    text = README.read_text(encoding="utf-8")           # now: drawing took a while
+    for name, table in tables.items():
+        text = replaced(text, name, table)
     with atomic_write(README) as path:
         path.write_text(text, encoding="utf-8")
+    print(f"{README.name}: {', '.join(tables) or 'nothing new'}")
 
 
 @exit_on_user_error
@@ -324,12 +360,19 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.part not in (None, "write", *PARTS):
         raise UserError(f"{args.part}: no such part{nearest(args.part, [*PARTS, 'write'])}")
+    failed = False
     for part, lines in PARTS.items():
-        if args.part in (None, part):
-            for line in lines:
+        for line in lines if args.part in (None, part) else ():
+            try:
                 ablate.main([*shlex.split(line), "--jobs", args.jobs])
+            except SystemExit as end:
+                if end.code != 1:
+                    raise
+                failed = True               # a run, of which ablate.py has told; the others go on
     if args.part in (None, "write"):
         write()
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
