@@ -33,13 +33,13 @@ MARGIN = 0.02           # a score this far below another still matches it
 TUNED = {"lora": "--warmup 60", "lora+": "--warmup 60", "dash": "--warmup 60", "dora": "",
          "adalora": "--gamma 0.01", "dual": ""}         # beside --alpha 4 x rank
 CHOICES = {
-    "dual": "update-warmup=0,20 init-std=0.03,0.12 r1=2,6 clip=no direction-lr=0.1,1 alpha=32",
-    "lora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05,0.1 lr-ratio=0.5,2",
-    "lora+": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05,0.1 lr-ratio=4,8",
-    "dora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05,0.1 lr-ratio=2 "
+    "dual": "update-warmup=20 init-std=0.03,0.12 r1=2,6 clip=no direction-lr=0.1,1 alpha=32",
+    "lora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=0.5,2",
+    "lora+": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=4,8",
+    "dora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=2 "
             "norm-gradient=yes",
-    "adalora": "gamma=0.01,0.03,0.3 init-rank=8,16 t-init=0.02 t-final=0.5 warmup=60 alpha=8,32",
-    "dash": "prelaunch=25,150 directions=4,16 warmup=5,60 alpha=8,32 weight-decay=0.1 dropout=0.05"}
+    "adalora": "gamma=0.01,0.03,0.3 init-rank=8,16 t-init=0.02 t-final=0.5 warmup=60 alpha=32",
+    "dash": "prelaunch=25,150 directions=4,16 warmup=5,60 alpha=8,32 weight-decay=0.1"}
 
 
 def tuned(methods: str, rank: int, flags: str) -> list[str]:
