@@ -12,7 +12,7 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import fmean
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import ablate
 from ablate import Found, Setting
