@@ -1,6 +1,6 @@
 """The papers' claims, tested: every run behind the README's results, and the verdicts.
 
-    python claims.py --jobs 2           all of it, @@ hours on two cores; given again, it goes on
+    python claims.py --jobs 2           all of it, three hours on two cores; given again, it goes on
     python claims.py facts --jobs 2     a part of it
     python claims.py write              the README's tables and the figures, from finished parts
 
