@@ -227,8 +227,9 @@ FORMULAS = {"lora": r"$\frac{\alpha}{r}\,BA$",
             "adalora": r"$\frac{\alpha}{r_0}\,P\;\mathrm{diag}(\lambda)\;Q$",
             "dash": r"$\frac{\alpha}{r}\,BA + U\,\mathrm{diag}(c)\,V'$",
             "dual": r"$\frac{\alpha}{\sqrt{r_1 r_2}}\,\mathrm{ReLU}(BA)\odot\mathrm{Sign}(DC)$"}
-KEY = """Left and above: the trained factors,
-to scale, each in colours of its own.
+KEY = """Left and above: the factors, to scale,
+each in colours of its own ($U$, $V'$ are
+$W_0$'s; the others are trained).
 $m$, widened: how far DoRA has changed
 the length of each row of $W_0$.
 Grey and crossed out: directions that
@@ -442,7 +443,7 @@ def draw_spectra(sweep: Sweep):
     left.set(xlabel="index", ylabel="singular value of dW, over the largest", yscale="log",
              ylim=(1e-3, 1.3))
     left.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    legend(figure, [left])
     right.set(xlabel=f"rank, of at most {k}", xlim=(0, 1.15 * k), yticks=range(len(sigmas)),
               yticklabels=list(sigmas))
     right.set_title("solid: effective rank; pale: values above 1 %", fontsize=10)

@@ -12,12 +12,17 @@ import shlex
 import sys
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 from typing import NamedTuple
+
+import torch
 
 import ablate
 from ablate import Found, Setting
 from analyze import FIGURES, Sweep
 from common import Parser, UserError, atomic_write, exit_on_user_error, nearest
+from dual_lora import sign_
+from measures import numerical_rank
 from methods import METHODS
 from plots import LABELS, save_figure
 from results import difference
@@ -180,19 +185,35 @@ def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
             f"{len(comparable(compared))}", higher(compared)))
     small = [(parts["rank-1"]["dash", 1], facts["lora", rank]) for rank in (8, 16)]
     found.append(Verdict("LoRA-Dash reaches LoRA's score with 8 to 16 times fewer parameters",
-                         "facts, rank-1", f"rank 1 less LoRA's 8 and 16: {shown(small)}",
-                         as_good(small)))
+                         "facts, rank-1", f"rank 1, {fmean(small[0][0]):.3f}, less LoRA's 8 and "
+                         f"16: {shown(small)}", as_good(small)))
     half = [(facts["dora", rank], facts["lora", 2 * rank]) for rank in (2, 4)]
     found.append(Verdict("DoRA at half the rank matches LoRA", "facts",
                          f"rank 2 less LoRA's 4, 4 less 8: {shown(half)}", as_good(half)))
-    methods = [method for method, _ in parts["one-rate"]]
-    before, after = (ranges(table, methods, 3) for table in (parts["one-rate"], facts))
-    found.append(Verdict(
-        "Tuned learning rates shrink the differences", "facts, one-rate",
-        f"best less worst of {len(methods)} adapters at rank 8: {fmean(before):.3f} with the rate "
-        f"that suits LoRA, {fmean(after):.3f} with each its own: {shown([(after, before)])}",
-        higher([(before, after)])))
+    found.append(of_tuning(parts["one-rate"], facts))
     return found
+
+
+def of_tuning(one_rate: Scores, facts: Scores) -> Verdict:
+    """seen: the best and the worst method are closer together beyond noise when each has its own
+    learning rate, whichever method is left out."""
+    methods = [method for method, _ in one_rate]
+    found = {}
+    for left_out in (None, *methods):
+        rest = [method for method in methods if method != left_out]
+        found[left_out] = [ranges(table, rest, 3) for table in (facts, one_rate)]
+    least = max(methods, key=lambda left_out: difference(*found[left_out])[0])
+
+    def told(left_out: str | None) -> str:
+        after, before = found[left_out]
+        return f"{fmean(before):.3f} to {fmean(after):.3f} ({shown([(after, before)])})"
+
+    verdicts = {higher([(before, after)]) for after, before in found.values()}
+    return Verdict(
+        "Tuned learning rates shrink the differences", "facts, one-rate",
+        f"best less worst of {', '.join(LABELS[method] for method in methods)} at rank 8, from one "
+        f"rate for all, LoRA's, to each its own: {told(None)}; without {LABELS[least]} "
+        f"{told(least)}", verdicts.pop() if len(verdicts) == 1 else "not seen")
 
 
 def of_spectra(numbers: dict) -> Verdict:
@@ -200,11 +221,14 @@ def of_spectra(numbers: dict) -> Verdict:
                                ("numerical_rank", "effective_rank")}
                               for label in ("Dual LoRA", "Dual: Sign(DC)", "full", "LoRA"))
     k = len(numbers["full"]["median"])
+    generator = torch.Generator().manual_seed(0)
+    D, C = (torch.randn(shape, generator=generator) for shape in ((k, 4), (4, k)))     # r2 is 4
+    random = numerical_rank(torch.linalg.svdvals(sign_(D @ C)))
     return Verdict(
         "Dual LoRA's update, and its matrix of signs, are nearly of full rank", "facts",
         f"singular values above 1 %: {dual['numerical_rank']:.0f} and {sign['numerical_rank']:.0f} "
-        f"of {k}, LoRA's {lora['numerical_rank']:.0f}; effective rank "
-        f"{dual['effective_rank']:.0f} and {sign['effective_rank']:.0f}, full's "
+        f"of {k} (signs of a random product {random}), LoRA's {lora['numerical_rank']:.0f}; "
+        f"effective rank {dual['effective_rank']:.0f} and {sign['effective_rank']:.0f}, full's "
         f"{full['effective_rank']:.0f}, LoRA's {lora['effective_rank']:.0f}",
         "seen" if min(dual["numerical_rank"], sign["numerical_rank"]) >= 0.9 * k else "not seen")
 
@@ -236,7 +260,8 @@ def of_overlap(numbers: dict) -> Verdict:
     which nothing need be learnt. seen: larger with every rank, step, seed, and in most layers."""
     ranks, steps = ([share for seeds in numbers[name].values() for share in seeds]
                     for name in ("ranks", "steps"))
-    layers, null = numbers["by layer"]["LoRA"], numbers["by layer"]["smallest sigma"]
+    layers, null, chance, another = (numbers["by layer"][name] for name in (
+        "LoRA", "smallest sigma", "chance", "another seed of full"))
     beaten = sum(a > b for a, b in zip(layers, null))
     seen = min(ranks + steps) > fmean(null) and 2 * beaten > len(layers)
     return Verdict(
@@ -244,20 +269,23 @@ def of_overlap(numbers: dict) -> Verdict:
         "step, layer", "facts",
         f"{min(ranks):.2f} to {max(ranks):.2f} over ranks, {min(steps):.2f} to {max(steps):.2f} "
         f"over steps; the smallest singular values alone {fmean(null):.2f}, which LoRA exceeds in "
-        f"{beaten} of {len(layers)} layers; another seed of full "
-        f"{fmean(numbers['by layer']['another seed of full']):.2f}", "seen" if seen else "not seen")
+        f"{beaten} of {len(layers)} layers; chance {fmean(chance):.2f}; another seed of full "
+        f"{fmean(another):.2f}", "seen" if seen else "not seen")
 
 
-def of_slopes(numbers: dict) -> Verdict:
-    """seen: the signs of the claim in every seed; opposite: the other signs in every seed."""
-    lines = {method: numbers[method]["lines"]["q"] for method in ("full", "lora", "dora", "dual")}
-    claimed = [sign * r for method, sign in (("full", -1), ("dora", -1), ("lora", 1))
-               for r in lines[method]["r of each seed"]]
-    return Verdict(
-        "Magnitude against direction: a negative slope for full and DoRA, a positive one for LoRA",
-        "facts", "r = " + ", ".join(f"{line['r']:+.2f} ({LABELS[method]})"
-                                    for method, line in lines.items()),
-        "seen" if min(claimed) > 0 else "opposite" if max(claimed) < 0 else "not seen")
+def of_slopes(numbers: dict) -> list[Verdict]:
+    """seen: the sign of the claim in every seed; opposite: the other sign in every seed."""
+    rows = []
+    for method, sign in (("full", "negative"), ("lora", "positive"), ("dora", "negative")):
+        line = numbers[method]["lines"]["q"]
+        seeds = line["r of each seed"]
+        claimed = [-r if sign == "negative" else r for r in seeds]
+        rows.append(Verdict(
+            f"Change of magnitude against change of direction: {sign} slope for {LABELS[method]}",
+            "facts", f"query weights: r = {line['r']:+.2f}, of a seed {min(seeds):+.2f} to "
+            f"{max(seeds):+.2f}",
+            "seen" if min(claimed) > 0 else "opposite" if max(claimed) < 0 else "not seen"))
+    return rows
 
 
 # ---- the README
@@ -270,7 +298,8 @@ def table_of(sweep: Sweep) -> str:
     edge = [ablate.named(setting) for setting, runs in best.items() if ablate.at_edge(
         runs, [run for run in sweep.runs if run.setting == runs[0].setting])]
     return (ablate.markdown(ablate.rows_of(best, sweep.metric))
-            + f"\nBest at the lowest or highest rate tried: {', '.join(edge) or 'none'}.\n")
+            + "\n" + fill(f"Best at the lowest or highest rate tried: {', '.join(edge) or 'none'}.",
+                          120) + "\n")
 
 
 def table_of_choices() -> str:
@@ -342,7 +371,7 @@ def write() -> None:
         if sweeps.keys() >= {"mini", "rank-1", "one-rate"}:
             verdicts = [*of_scores({part: scores_of(sweep) for part, sweep in sweeps.items()}),
                         of_spectra(numbers["spectra"]), of_places(numbers["directions"]),
-                        of_overlap(numbers["directions"]), of_slopes(numbers["dora"])]
+                        of_overlap(numbers["directions"]), *of_slopes(numbers["dora"])]
             tables["claims"] = ablate.markdown([v._asdict() for v in verdicts])
     text = README.read_text(encoding="utf-8")           # now: drawing took a while
     for name, table in tables.items():

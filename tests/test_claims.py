@@ -9,7 +9,8 @@ import claims
 import train
 from analyze import read_sweep
 from claims import (CEILING, PARTS, as_good, beyond_noise, higher, inside, of_overlap, of_places,
-                    of_scores, of_slopes, of_spectra, pairs, ranges, replaced, shown, with_scores)
+                    of_scores, of_slopes, of_spectra, of_tuning, pairs, ranges, replaced, shown,
+                    with_scores)
 from methods import METHODS
 from runs import refused
 
@@ -76,16 +77,27 @@ def parts(better: str) -> dict:
 
 
 @pytest.mark.parametrize("better, verdicts", [
-    ("dual", ["seen"] * 3 + ["not seen", "not seen", "not seen", "not seen", "seen"]),
+    ("dual", ["seen"] * 3 + ["not seen"] * 5),
     ("lora", ["opposite", "not seen", "not seen", "opposite", "opposite", "opposite", "opposite",
-              "seen"]),
-    ("dash", ["not seen"] * 3 + ["not seen", "seen", "seen", "not seen", "seen"]),
-    ("adalora", ["not seen"] * 3 + ["seen", "not seen", "not seen", "not seen", "seen"])])
+              "not seen"]),
+    ("dash", ["not seen"] * 3 + ["not seen", "seen", "seen", "not seen", "not seen"]),
+    ("adalora", ["not seen"] * 3 + ["seen"] + ["not seen"] * 4)])
 def test_claims_about_scores(better, verdicts):
     found = of_scores(parts(better))
     assert [row.verdict for row in found] == verdicts
     assert "better beyond noise in 5, worse in 0 of 5" in found[0].here or better != "dual"
-    assert "8: 0.700 with the rate" in found[-1].here
+
+
+def test_one_method_alone_does_not_make_tuning_matter():
+    methods = ("lora", "dora", "dash", "dual")
+    def verdict(*at_one_rate):
+        one_rate = {(method, 8): scores for method, scores in zip(methods, at_one_rate)}
+        return of_tuning(one_rate, {(method, 8): HIGH for method in methods})
+    assert verdict(HIGH, HIGH, LOW, LOW).verdict == "seen"
+    alone = verdict(HIGH, HIGH, HIGH, LOW)
+    assert alone.verdict == "not seen"
+    assert "0.700 to 0.000 (-0.700 ± 0.000); without Dual LoRA 0.000 to 0.000" in alone.here
+    assert verdict(HIGH, HIGH, HIGH, HIGH).verdict == "not seen"
 
 
 def test_a_full_rank_is_nine_tenths_of_the_singular_values():
@@ -95,7 +107,7 @@ def test_a_full_rank_is_nine_tenths_of_the_singular_values():
                 for name, n in found.items()}
     assert of_spectra(numbers(9)).verdict == "seen"
     assert of_spectra(numbers(8)).verdict == "not seen"
-    assert "above 1 %: 9 and 10 of 10, LoRA's 2" in of_spectra(numbers(9)).here
+    assert "above 1 %: 9 and 10 of 10 (signs" in of_spectra(numbers(9)).here
 
 
 def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
@@ -111,7 +123,7 @@ def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
 def test_an_overlap_no_larger_than_that_of_the_smallest_values_is_none():
     def verdict(ranks, steps, layers):
         return of_overlap({"ranks": {2: ranks}, "steps": {5: steps}, "by layer": {
-            "LoRA": layers, "smallest sigma": [0.5] * 3,
+            "LoRA": layers, "smallest sigma": [0.5] * 3, "chance": [0.1] * 3,
             "another seed of full": [0.7] * 3}}).verdict
     assert verdict([0.6, 0.6], [0.6], [0.5, 0.6, 0.7]) == "seen"
     assert verdict([0.6, 0.5], [0.6], [0.5, 0.6, 0.7]) == "not seen"
@@ -119,14 +131,13 @@ def test_an_overlap_no_larger_than_that_of_the_smallest_values_is_none():
     assert verdict([0.6, 0.6], [0.6], [0.5, 0.5, 0.9]) == "not seen"
 
 
-@pytest.mark.parametrize("full, lora, dora, verdict", [
-    ([-0.6, -0.1], [0.8], [-0.3], "seen"), ([-0.6, 0.1], [0.8], [-0.3], "not seen"),
-    ([0.6], [-0.8], [0.3], "opposite"), ([0.9], [0.9], [0.5], "not seen")])
-def test_signs_of_slopes(full, lora, dora, verdict):
-    r = {"full": full, "lora": lora, "dora": dora, "dual": [0.1]}
-    found = of_slopes({method: {"lines": {"q": {"r": seeds[0], "r of each seed": seeds}}}
-                       for method, seeds in r.items()})
-    assert found.verdict == verdict and f"{full[0]:+.2f} (full)" in found.here
+def test_a_slope_needs_its_sign_in_every_seed():
+    def lines(*seeds):
+        return {"lines": {"q": {"r": seeds[0], "r of each seed": seeds}}}
+    full, lora, dora = of_slopes({"full": lines(-0.6, -0.1), "lora": lines(0.8, -0.1),
+                                  "dora": lines(0.3, 0.2)})
+    assert [full.verdict, lora.verdict, dora.verdict] == ["seen", "not seen", "opposite"]
+    assert full.here == "query weights: r = -0.60, of a seed -0.60 to -0.10"
 
 
 # ---- the runs
