@@ -406,10 +406,16 @@ def write_results(path: Path, found: Found, best: Found) -> None:
         writer.writerows(rows)
 
 
-def draw(found: Found, best: Found, out: Path) -> list[str]:
-    """The figures of a sweep in which runs differ in method, rank, rate and seed alone."""
-    runs = [run for of_setting in found.values() for run in of_setting]
-    sweep = analyze.Sweep(runs, {(of[0].args.method, of[0].args.rank): of for of in best.values()})
+def as_saved(sweeps: list[tuple[Found, Found]]) -> analyze.Sweep:
+    """Sweeps whose runs differ in method, rank, rate and seed alone, each as (found, best), as the
+    one that the figures are drawn from."""
+    return analyze.Sweep(
+        [run for found, _ in sweeps for runs in found.values() for run in runs],
+        {(runs[0].args.method, runs[0].args.rank): runs
+         for _, best in sweeps for runs in best.values()})
+
+
+def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
     names = []
     for name in ("score", "rates", "loss"):
         try:
@@ -466,8 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
-        files = ["table.md", "results.csv", *([] if args.vary else draw(found, best, out))]
-        print(f"{text}\n{out}: {', '.join(files)}")
+        figures = [] if args.vary else draw(as_saved([(found, best)]), out)
+        print(f"{text}\n{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if sweep.failed:
         sys.exit(1)
 

@@ -1,8 +1,8 @@
-"""The papers' claims, tested: every run behind the README's results, and the verdicts.
+"""The papers' claims, tested: every run behind README.md's and RESULTS.md's results.
 
     python claims.py --jobs 2           all of it, three hours on two cores; given again, it goes on
     python claims.py facts --jobs 2     a part of it
-    python claims.py write              the README's tables and the figures, from finished parts
+    python claims.py write              their tables and figures, from the parts that are finished
 
 Each part is a few sweeps of ablate.py, which says how a learning rate is chosen. What a method
 leaves open (choices) is set with `--rewrite-seed 1`, other facts rewritten than the claims use, and
@@ -29,7 +29,8 @@ from results import difference
 from run import finished
 
 ROOT = Path(__file__).resolve().parent
-README = ROOT / "README.md"
+PAGES = {"methods": "README.md", "claims": "README.md", "facts": "RESULTS.md",
+         "mini": "RESULTS.md", "choices": "RESULTS.md", "defaults": "RESULTS.md"}
 RUNS = "runs/claims"
 CEILING = 0.98          # two scores above this are not compared: there was no more to learn
 MARGIN = 0.02           # a score this far below another still matches it
@@ -80,33 +81,30 @@ class Unfinished(UserError):
     """Not all runs of a part are there."""
 
 
-def read_lines(part: str) -> list[tuple[Found, Found]]:
+def read_part(part: str) -> list[tuple[Found, Found]]:
     """What each sweep of a part found: all its runs, and those with the chosen learning rates."""
-    lines = []
+    sweeps = []
     for line in PARTS[part]:
         args, rest = ablate.parse(shlex.split(line))
         search = ablate.search_of(args, rest)
-        for trials in (search, ablate.rest_of(args, rest, search)):
-            missing = [t.folder for t in trials if not finished(t.folder)]
-            if missing:
-                raise Unfinished(f"{missing[0]}: no finished run, and {len(missing) - 1} more like "
-                                 f"it; first: python claims.py {part}")
-        found = ablate.collect(search + trials)
-        lines.append((found, ablate.best_rates(found, ablate.metric_of(found, args.metric))))
-    return lines
+        need(part, search)
+        trials = search + ablate.rest_of(args, rest, search)
+        need(part, trials)
+        found = ablate.collect(trials)
+        sweeps.append((found, ablate.best_rates(found, ablate.metric_of(found, args.metric))))
+    return sweeps
 
 
-def read_part(part: str) -> Sweep:
-    """The runs of a part that varies methods and ranks alone."""
-    lines = read_lines(part)
-    return Sweep([run for found, _ in lines for runs in found.values() for run in runs],
-                 {(setting.method, None if setting.rank is None else int(setting.rank)): runs
-                  for _, best in lines for setting, runs in best.items()})
+def need(part: str, trials: list[ablate.Trial]) -> None:
+    missing = [t.folder for t in trials if not finished(t.folder)]
+    if missing:
+        raise Unfinished(f"{missing[0]}: no finished run, and {len(missing) - 1} more like it; "
+                         f"first: python claims.py {part}")
 
 
 # ---- what a claim comes to
 class Verdict(NamedTuple):
-    """A row of the README's table."""
+    """A row of the table of claims."""
     claim: str
     runs: str           # the parts that it rests on
     here: str
@@ -216,13 +214,13 @@ def of_tuning(one_rate: Scores, facts: Scores) -> Verdict:
         f"{told(least)}", verdicts.pop() if len(verdicts) == 1 else "not seen")
 
 
-def of_spectra(numbers: dict) -> Verdict:
+def of_spectra(numbers: dict, r2: int) -> Verdict:
     dual, sign, full, lora = ({name: fmean(numbers[label][name]) for name in
                                ("numerical_rank", "effective_rank")}
                               for label in ("Dual LoRA", "Dual: Sign(DC)", "full", "LoRA"))
     k = len(numbers["full"]["median"])
     generator = torch.Generator().manual_seed(0)
-    D, C = (torch.randn(shape, generator=generator) for shape in ((k, 4), (4, k)))     # r2 is 4
+    D, C = (torch.randn(shape, generator=generator) for shape in ((k, r2), (r2, k)))
     random = numerical_rank(torch.linalg.svdvals(sign_(D @ C)))
     return Verdict(
         "Dual LoRA's update, and its matrix of signs, are nearly of full rank", "facts",
@@ -288,7 +286,7 @@ def of_slopes(numbers: dict) -> list[Verdict]:
     return rows
 
 
-# ---- the README
+# ---- the tables
 def table_of(sweep: Sweep) -> str:
     """ablate.py's table of the chosen runs by rank, and which learning rates might be bettered."""
     order = list(METHODS)
@@ -302,10 +300,10 @@ def table_of(sweep: Sweep) -> str:
                           120) + "\n")
 
 
-def table_of_choices() -> str:
+def table_of_choices(sweeps: list[tuple[Found, Found]]) -> str:
     """The validation score of every setting, with the better of its learning rates."""
     rows = []
-    for _, best in read_lines("choices"):
+    for _, best in sweeps:
         scores = {", ".join(f"{name.replace('_', '-')} {value}" for name, value in setting.varied
                             if value) or "as it is": run.result["valid"]["new"]
                   for setting, (run,) in best.items()}
@@ -315,20 +313,23 @@ def table_of_choices() -> str:
     return ablate.markdown(rows)
 
 
-def inside(text: str, name: str) -> str:
-    """What stands in the README between the two marks of the name. UserError: they do not stand
-    there once."""
+def cut(name: str) -> tuple[str, str, str]:
+    """What stands before, between and after the two marks of a table's name on its page. UserError:
+    they do not stand there once."""
     begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise UserError(f"{README}: needs {begin.strip()} and, later, {end.strip()}, each once")
-    return text.split(begin)[1].split(end)[0]
+    page = ROOT / PAGES[name]
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    table, found, after = rest.partition(end)
+    if not found or begin in rest or end in before + after:
+        raise UserError(f"{page}: needs {begin.strip()} and, later, {end.strip()}, each once")
+    return before + begin, table, end + after
 
 
-def replaced(text: str, name: str, table: str) -> str:
-    """The README with the table between the two marks of the name."""
-    inside(text, name)
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
-    return text.split(begin)[0] + begin + table + end + text.split(end)[1]
+def put(name: str, table: str) -> None:
+    """Replaces a table on its page."""
+    before, _, after = cut(name)
+    with atomic_write(ROOT / PAGES[name]) as path:
+        path.write_text(before + table + after, encoding="utf-8")
 
 
 def with_scores(rows: str, sweep: Sweep) -> str:
@@ -347,38 +348,33 @@ def with_scores(rows: str, sweep: Sweep) -> str:
 
 def write() -> None:
     """Tables and figures of the parts that are finished; those of the others stay as they are.
-    UserError: the README lacks a mark."""
-    for name in ("methods", "facts", "mini", "claims", "choices", "defaults"):
-        inside(README.read_text(encoding="utf-8"), name)
-    tables, sweeps = {}, {}
+    UserError: a page lacks a mark."""
+    for name in PAGES:
+        cut(name)
+    parts = {}
     for part in PARTS:
         try:
-            if part == "choices":
-                tables[part] = table_of_choices()
-            else:
-                sweeps[part] = read_part(part)
+            parts[part] = read_part(part)
         except Unfinished as error:
             print(error)
-    tables |= {part: table_of(sweeps[part]) for part in ("facts", "mini", "defaults")
-               if part in sweeps}
+    tables = {"choices": table_of_choices(parts.pop("choices"))} if "choices" in parts else {}
+    sweeps = {part: ablate.as_saved(found) for part, found in parts.items()}
+    tables |= {part: table_of(sweeps[part]) for part in PAGES if part in sweeps}
     if "facts" in sweeps:
-        numbers = {}
+        facts, numbers = sweeps["facts"], {}
         for name, draw in FIGURES.items():
-            figure, numbers[name] = draw(sweeps["facts"])
+            figure, numbers[name] = draw(facts)
             save_figure(figure, ROOT / "assets" / f"{name}.png", numbers[name])
-        tables["methods"] = with_scores(inside(README.read_text(encoding="utf-8"), "methods"),
-                                        sweeps["facts"])
+        tables["methods"] = with_scores(cut("methods")[1], facts)
         if sweeps.keys() >= {"mini", "rank-1", "one-rate"}:
             verdicts = [*of_scores({part: scores_of(sweep) for part, sweep in sweeps.items()}),
-                        of_spectra(numbers["spectra"]), of_places(numbers["directions"]),
-                        of_overlap(numbers["directions"]), *of_slopes(numbers["dora"])]
+                        of_spectra(numbers["spectra"], r2=facts.rank // 2),
+                        of_places(numbers["directions"]), of_overlap(numbers["directions"]),
+                        *of_slopes(numbers["dora"])]
             tables["claims"] = ablate.markdown([v._asdict() for v in verdicts])
-    text = README.read_text(encoding="utf-8")           # now: drawing took a while
     for name, table in tables.items():
-        text = replaced(text, name, table)
-    with atomic_write(README) as path:
-        path.write_text(text, encoding="utf-8")
-    print(f"{README.name}: {', '.join(tables) or 'nothing new'}")
+        put(name, table)
+    print("written:", ", ".join(f"{name} in {PAGES[name]}" for name in tables) or "nothing")
 
 
 @exit_on_user_error

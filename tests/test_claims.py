@@ -8,8 +8,8 @@ import ablate
 import claims
 import train
 from analyze import read_sweep
-from claims import (CEILING, PARTS, as_good, beyond_noise, higher, inside, of_overlap, of_places,
-                    of_scores, of_slopes, of_spectra, of_tuning, pairs, ranges, replaced, shown,
+from claims import (CEILING, PAGES, PARTS, as_good, beyond_noise, cut, higher, of_overlap, of_places,
+                    of_scores, of_slopes, of_spectra, of_tuning, pairs, put, ranges, shown,
                     with_scores)
 from methods import METHODS
 from runs import refused
@@ -105,9 +105,10 @@ def test_a_full_rank_is_nine_tenths_of_the_singular_values():
         found = {"Dual LoRA": dual, "Dual: Sign(DC)": 10, "full": 10, "LoRA": 2}
         return {name: {"numerical_rank": [n, n], "effective_rank": [n / 2], "median": [1.0] * 10}
                 for name, n in found.items()}
-    assert of_spectra(numbers(9)).verdict == "seen"
-    assert of_spectra(numbers(8)).verdict == "not seen"
-    assert "above 1 %: 9 and 10 of 10 (signs" in of_spectra(numbers(9)).here
+    assert of_spectra(numbers(9), r2=4).verdict == "seen"
+    assert of_spectra(numbers(8), r2=4).verdict == "not seen"
+    here = of_spectra(numbers(9), r2=1).here            # signs of a product of rank 1 have rank 1
+    assert "above 1 %: 9 and 10 of 10 (signs of a random product 1)" in here
 
 
 def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
@@ -156,31 +157,41 @@ def test_every_method_has_as_many_trials_of_its_choices():
     assert len(counts) == 1 and len(PARTS["choices"]) == len(METHODS) - 1      # full is at its best
 
 
-# ---- the README
-MARKED = "a\n<!-- t: begin -->\nold\n<!-- t: end -->\nb\n"
+# ---- the tables
+MARKED = "a\n<!-- facts: begin -->\nold\n<!-- facts: end -->\nb\n"
 
 
-def test_a_table_is_replaced_between_its_marks():
-    assert inside(MARKED, "t") == "old\n"
-    assert replaced(MARKED, "t", "new\n") == MARKED.replace("old", "new")
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    return tmp_path / PAGES["facts"]
 
 
-@pytest.mark.parametrize("text", ["", MARKED + MARKED, MARKED.replace("t: end", "u: end")])
-def test_a_readme_without_the_marks_is_refused(text):
-    with pytest.raises(claims.UserError, match="<!-- t: begin -->"):
-        replaced(text, "t", "new\n")
+def test_a_table_is_replaced_between_its_marks(page):
+    page.write_text(MARKED)
+    assert cut("facts")[1] == "old\n"
+    put("facts", "new\n")
+    assert page.read_text() == MARKED.replace("old", "new")
+
+
+@pytest.mark.parametrize("text", ["", MARKED + MARKED, MARKED.replace("facts: end", "fact: end"),
+                                  MARKED.replace("begin", "x").replace("end", "begin")
+                                  .replace("x", "end")])
+def test_a_page_without_the_marks_is_refused(page, text):
+    page.write_text(text)
+    with pytest.raises(claims.UserError, match="RESULTS.md: needs <!-- facts: begin -->"):
+        put("facts", "new\n")
+    assert page.read_text() == text
 
 
 def train_one(folder: str, *flags: str) -> None:
     train.main([*SHORT.split(), "--out", f"runs/claims/{folder}", *flags])
 
 
-def test_write_puts_runs_into_the_readme_and_leaves_other_parts(tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
-    marked = {name: f"<!-- {name}: begin -->\nkept\n<!-- {name}: end -->\n"
-              for name in ("methods", "facts", "claims", "mini", "defaults", "choices")}
-    readme.write_text("".join(marked.values()))
-    monkeypatch.setattr(claims, "README", readme)
+def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch, capsys):
+    for name, file in PAGES.items():
+        with open(page.with_name(file), "a") as text:
+            text.write(f"<!-- {name}: begin -->\nkept\n<!-- {name}: end -->\n")
     defaults = ("--methods lora,full --ranks 2 --seeds 0,1 --lrs 1e-3,1e-2 --search-seeds 0 "
                 f"{SHORT} --out runs/claims/defaults")
     monkeypatch.setattr(claims, "PARTS", {
@@ -199,19 +210,18 @@ def test_write_puts_runs_into_the_readme_and_leaves_other_parts(tmp_path, monkey
     said = capsys.readouterr().out
     assert "s1: no finished run, and 1 more like it; first: python claims.py defaults" in said
     assert "lr0.03-s0: no finished run, and 1 more like it; first: python claims.py mini" in said
-    assert "README.md: choices" in said and marked["defaults"] in readme.read_text()
+    assert "written: choices in RESULTS.md\n" in said and cut("defaults")[1] == "kept\n"
     for method in (["full"], ["lora", "--rank", "2"]):
         for lr in ("0.001", "0.01"):                        # of which one was chosen
             train_one(f"defaults/facts-{method[0]}-{'r2-' * (len(method) > 1)}lr{lr}-s1",
                       "--method", *method, "--lr", lr, "--seed", "1")
     claims.main(["write"])
-    text = readme.read_text()
-    assert all(marked[name] in text for name in ("methods", "facts", "claims", "mini"))
-    full, lora, _, note = inside(text, "defaults").splitlines()[2:]
+    assert {cut(name)[1] for name in ("methods", "facts", "claims", "mini")} == {"kept\n"}
+    full, lora, _, note = cut("defaults")[1].splitlines()[2:]
     assert full.startswith("| full |  | ") and lora.startswith("| lora | 2 | ")
     assert full.split(" | ")[3] == lora.split(" | ")[3] == "2"              # seeds
     assert note == "Best at the lowest or highest rate tried: full, lora rank 2."
-    row = inside(text, "choices").splitlines()[2]
+    row = cut("choices")[1].splitlines()[2]
     assert row == "| `lora` | as it is 0.000; warmup 1 0.000 |"
 
 

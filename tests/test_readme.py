@@ -1,4 +1,4 @@
-"""What the README says that a test can hold."""
+"""What README.md and RESULTS.md say that a test can hold."""
 import json
 import re
 import subprocess
@@ -51,7 +51,9 @@ def test_the_table_of_methods_has_each_with_the_length_of_its_file(name):
 
 def test_every_script_and_picture_that_is_named_exists():
     patterns = (r"python ([\w/]+\.py)", r"`([\w/]+\.py)`", r"\]\((assets/[\w./]+)\)")
-    named = [name for pattern in patterns for name in re.findall(pattern, README)]
+    text = README + (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    named = [name for pattern in patterns for name in re.findall(pattern, text)]
     assert len(named) > 20
+    assert set(named) >= {f"assets/{png.name}" for png in (ROOT / "assets").glob("*.png")}
     for name in set(named) - {"vera.py"}:
         assert (ROOT / name).is_file(), name
