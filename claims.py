@@ -58,7 +58,7 @@ ADAPTERS = ",".join(TUNED)
 SEARCH = "--search-seeds 0 --seeds 0,1,2"
 FACTS = f"--search-seeds 0 --eval-every 50 --snapshot-every 20 --out {RUNS}/facts"
 PARTS = {
-    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.7,x1.4 --one-at-a-time "
+    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.7,x1.4 {SEARCH} --one-at-a-time "
                 f"{' '.join(f'--vary {choice}' for choice in choices.split())} "
                 f"--out {RUNS}/choices/{method}" for method, choices in CHOICES.items()],
     "facts": [
