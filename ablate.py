@@ -331,8 +331,8 @@ def rows_of(best: Found, metric: str) -> list[dict[str, str]]:
     return rows
 
 
-def plus_minus(runs: list[SavedRun], metric: str, limits: bool = False) -> str:
-    mean, sd, half = spread([run.result["after"][metric] for run in runs])
+def plus_minus(runs: list[SavedRun], metric: str, limits=False, split="after") -> str:
+    mean, sd, half = spread([run.result[split][metric] for run in runs])
     if sd is None:
         return f"{mean:.3f}"
     return f"{mean:.3f} ± {sd:.3f}" + f" [{mean - half:.3f}, {mean + half:.3f}]" * limits

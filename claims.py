@@ -20,12 +20,12 @@ import torch
 import ablate
 from ablate import Found, Setting
 from analyze import FIGURES, Sweep
-from common import Parser, UserError, atomic_write, exit_on_user_error, nearest
+from common import Parser, UserError, atomic_write, exit_on_user_error, flag, nearest
 from dual_lora import sign_
 from measures import numerical_rank
 from methods import METHODS
 from plots import LABELS, save_figure
-from results import difference
+from results import difference, within_noise
 from run import finished
 
 ROOT = Path(__file__).resolve().parent
@@ -300,17 +300,19 @@ def table_of(sweep: Sweep) -> str:
                           120) + "\n")
 
 
-def table_of_choices(sweeps: list[tuple[Found, Found]]) -> str:
-    """The validation score of every setting, with the better of its learning rates."""
-    rows = []
-    for _, best in sweeps:
-        scores = {", ".join(f"{name.replace('_', '-')} {value}" for name, value in setting.varied
-                            if value) or "as it is": run.result["valid"]["new"]
-                  for setting, (run,) in best.items()}
-        order = sorted(scores, key=scores.get, reverse=True)
-        rows.append({"method": f"`{next(iter(best)).method}`", "validation `new`": "; ".join(
-            f"{name} {scores[name]:.3f}" for name in order)})
-    return ablate.markdown(rows)
+def choices_of(best: Found) -> dict[str, str]:
+    """The validation score of a method's settings, each with the better of its learning rates, the
+    best first; bold: beyond noise of the method as it is."""
+    as_it_is = next(iter(best))
+    scores = {setting: [run.result["valid"]["new"] for run in runs]
+              for setting, runs in best.items()}
+    told = []
+    for setting in sorted(best, key=lambda setting: fmean(scores[setting]), reverse=True):
+        name = " ".join(f"{flag(name)} {value}" for name, value in setting.varied if value)
+        score = ablate.plus_minus(best[setting], "new", split="valid")
+        bold = "" if within_noise(scores[setting], scores[as_it_is]) else "**"
+        told.append(f"{name or 'as it is'} {bold}{score}{bold}")
+    return {"method": f"`{as_it_is.method}`", "validation `new`": "; ".join(told)}
 
 
 def cut(name: str) -> tuple[str, str, str]:
@@ -357,7 +359,10 @@ def write() -> None:
             parts[part] = read_part(part)
         except Unfinished as error:
             print(error)
-    tables = {"choices": table_of_choices(parts.pop("choices"))} if "choices" in parts else {}
+    tables = {}
+    if "choices" in parts:
+        rows = [choices_of(best) for _, best in parts.pop("choices")]
+        tables["choices"] = ablate.markdown(rows)
     sweeps = {part: ablate.as_saved(found) for part, found in parts.items()}
     tables |= {part: table_of(sweeps[part]) for part in PAGES if part in sweeps}
     if "facts" in sweeps:

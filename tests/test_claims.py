@@ -1,16 +1,18 @@
 """The verdicts by hand, and that every part is a sweep that ablate.py takes."""
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import ablate
 import claims
 import train
+from ablate import Setting
 from analyze import read_sweep
-from claims import (CEILING, PAGES, PARTS, as_good, beyond_noise, cut, higher, of_overlap, of_places,
-                    of_scores, of_slopes, of_spectra, of_tuning, pairs, put, ranges, shown,
-                    with_scores)
+from claims import (CEILING, PAGES, PARTS, as_good, beyond_noise, cut, higher, of_overlap,
+                    of_places, of_scores, of_slopes, of_spectra, of_tuning, pairs, put, ranges,
+                    shown, with_scores)
 from methods import METHODS
 from runs import refused
 
@@ -222,7 +224,18 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
     assert full.split(" | ")[3] == lora.split(" | ")[3] == "2"              # seeds
     assert note == "Best at the lowest or highest rate tried: full, lora rank 2."
     row = cut("choices")[1].splitlines()[2]
-    assert row == "| `lora` | as it is 0.000; warmup 1 0.000 |"
+    assert row == "| `lora` | as it is 0.000; --warmup 1 0.000 |"
+
+
+def test_choices_are_in_order_and_bold_beyond_the_noise_of_the_method_as_it_is():
+    def runs(*values):
+        return [SimpleNamespace(result={"valid": {"new": value}}) for value in values]
+    row = claims.choices_of({Setting("lora", "8", (("init_std", None),)): runs(*MIDDLE),
+                             Setting("lora", "8", (("init_std", "1"),)): runs(0.5, 0.5, 0.5),
+                             Setting("lora", "8", (("init_std", "2"),)): runs(*HIGH)})
+    assert row == {"method": "`lora`", "validation `new`":
+                   "--init-std 2 **0.810 ± 0.010**; as it is 0.510 ± 0.010; "
+                   "--init-std 1 0.500 ± 0.000"}
 
 
 def test_the_table_of_methods_gets_scores_and_keeps_its_formulas(tmp_path):

@@ -29,7 +29,7 @@ from peft_files import export_peft, import_peft
 from tokenizer import load_tokenizer
 from train import Run
 
-fuzzed = settings(max_examples=int(os.environ.get("FUZZ", 200)), deadline=None, database=None,
+fuzzed = settings(max_examples=int(os.environ.get("FUZZ", 120)), deadline=None, database=None,
                   derandomize="FUZZ" not in os.environ,
                   suppress_health_check=list(HealthCheck))
 ANY = st.recursive(
