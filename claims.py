@@ -58,7 +58,7 @@ ADAPTERS = ",".join(TUNED)
 SEARCH = "--search-seeds 0 --seeds 0,1,2"
 FACTS = f"--search-seeds 0 --eval-every 50 --snapshot-every 20 --out {RUNS}/facts"
 PARTS = {
-    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.7,x1.4 {SEARCH} --one-at-a-time "
+    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.5,x0.7,x1 {SEARCH} --one-at-a-time "
                 f"{' '.join(f'--vary {choice}' for choice in choices.split())} "
                 f"--out {RUNS}/choices/{method}" for method, choices in CHOICES.items()],
     "facts": [
@@ -301,7 +301,7 @@ def table_of(sweep: Sweep) -> str:
 
 
 def choices_of(best: Found) -> dict[str, str]:
-    """The validation score of a method's settings, each with the better of its learning rates, the
+    """The validation score of a method's settings, each with the best of its learning rates, the
     best first; bold: beyond noise of the method as it is."""
     as_it_is = next(iter(best))
     scores = {setting: [run.result["valid"]["new"] for run in runs]
