@@ -160,6 +160,11 @@ def rates(method: str, lrs: list[str]) -> list[str]:
     return list(found)
 
 
+def typed(name: str, value: str) -> str:
+    """As train.py takes it: --alpha=32, and for a switch --no-clip or --norm-gradient."""
+    return {"yes": flag(name), "no": flag(f"no_{name}")}.get(value, f"{flag(name)}={value}")
+
+
 def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
     """UserError: what train.py refuses before it loads model and data; a finished run with other
     flags in the folder."""
@@ -169,8 +174,7 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
     marks = [setting.method, *([f"r{setting.rank}"] if setting.rank else [])]
     for name, value in setting.varied:
         if value is not None:
-            switch = {"yes": [flag(name)], "no": [flag(f"no_{name}")]}
-            flags += switch.get(value, [f"{flag(name)}={value}"])
+            flags.append(typed(name, value))
             marks.append(f"{name}{value}")
     task = train.parse(rest).task or "facts"
     name = "-".join([task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
@@ -185,7 +189,7 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
 
 
 # ---- running it
-class Sweep:
+class Runner:
     """Runs trials, several at a time, each in a process of its own."""
 
     def __init__(self, jobs: int, total: int):
@@ -331,7 +335,10 @@ def rows_of(best: Found, metric: str) -> list[dict[str, str]]:
     return rows
 
 
-def plus_minus(runs: list[SavedRun], metric: str, limits=False, split="after") -> str:
+def plus_minus(runs: list[SavedRun], metric: str, limits: bool = False,
+               split: str = "after") -> str:
+    """Mean ± standard deviation of a score on "before", "valid" or "after" (the test), with limits
+    [the interval of the mean]."""
     mean, sd, half = spread([run.result[split][metric] for run in runs])
     if sd is None:
         return f"{mean:.3f}"
@@ -353,7 +360,7 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
           failed: dict[str, str]) -> str:
     """What a reader must know of the table."""
     first = next(iter(best.values()))[0]
-    edge = [named(setting) for setting, runs in best.items() if at_edge(runs, found[setting])]
+    edge = at_edge(found, best)
     versions = first.result["versions"]
     alike = {"steps": f"{first.args.steps} steps", "batch_size": f"{first.args.batch_size} a step",
              "loss_on": f"loss on {first.args.loss_on}"}
@@ -375,15 +382,16 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
     return "".join(f"- {line}\n" for line in lines)
 
 
-def at_edge(best: list[SavedRun], tried: list[SavedRun]) -> bool:
-    """The best learning rate is the lowest or the highest of several."""
-    rates = {run.args.lr for run in tried}
-    return len(rates) > 1 and best[0].args.lr in (min(rates), max(rates))
+def at_edge(found: Found, best: Found) -> list[str]:
+    """The settings whose best learning rate is the lowest or the highest of several."""
+    tried = {setting: {run.args.lr for run in runs} for setting, runs in found.items()}
+    return [named(setting) for setting, runs in best.items() if len(tried[setting]) > 1
+            and runs[0].args.lr in (min(tried[setting]), max(tried[setting]))]
 
 
 def named(setting: Setting) -> str:
     return " ".join([setting.method, *([f"rank {setting.rank}"] if setting.rank else []),
-                     *(f"{flag(name)} {value}" for name, value in setting.varied if value)])
+                     *(typed(name, value) for name, value in setting.varied if value)])
 
 
 def write_results(path: Path, found: Found, best: Found) -> None:
@@ -406,9 +414,9 @@ def write_results(path: Path, found: Found, best: Found) -> None:
         writer.writerows(rows)
 
 
-def as_saved(sweeps: list[tuple[Found, Found]]) -> analyze.Sweep:
-    """Sweeps whose runs differ in method, rank, rate and seed alone, each as (found, best), as the
-    one that the figures are drawn from."""
+def joined(sweeps: list[tuple[Found, Found]]) -> analyze.Sweep:
+    """One sweep for the figures from several, each given as (found, best): a method at a rank is in
+    one of them, and has one setting."""
     return analyze.Sweep(
         [run for found, _ in sweeps for runs in found.values() for run in runs],
         {(runs[0].args.method, runs[0].args.rank): runs
@@ -455,11 +463,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
     later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
-    sweep = Sweep(args.jobs, len(search) + later)
-    sweep.perform(search)
+    runner = Runner(args.jobs, len(search) + later)
+    runner.perform(search)
     trials = search + rest_of(args, rest, search)
-    sweep.perform(trials[len(search):])
-    sweep.bar.close()
+    runner.perform(trials[len(search):])
+    runner.bar.close()
 
     found = collect(trials)
     if found:
@@ -468,13 +476,13 @@ def main(argv: list[str] | None = None) -> None:
         out = Path(args.out)
         command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if argv is None else argv)])
         table = markdown(rows_of(best, metric))
-        text = f"    {command}\n\n{table}\n{notes(args, found, best, metric, sweep.failed)}"
+        text = f"    {command}\n\n{table}\n{notes(args, found, best, metric, runner.failed)}"
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
-        figures = [] if args.vary else draw(as_saved([(found, best)]), out)
+        figures = [] if args.vary else draw(joined([(found, best)]), out)
         print(f"{text}\n{out}: {', '.join(['table.md', 'results.csv', *figures])}")
-    if sweep.failed:
+    if runner.failed:
         sys.exit(1)
 
 

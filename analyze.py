@@ -413,7 +413,8 @@ def draw_spectra(sweep: Sweep):
     """Left: the singular values of dW by index, over the largest: the median over layers and seeds,
     and a band over the middle half of them; where layers differ in size, up to the shortest's
     last. Right: effective_rank() and numerical_rank(), the mean over layers and seeds, with a bar
-    from the least seed to the greatest. Dual LoRA's two parts are shown beside its dW.
+    from the least seed to the greatest. Dual LoRA's two parts are shown beside its dW, and Sign(DC)
+    of D and C that are as large and Gaussian: how much rank comes of the form alone.
     """
     runs = [run for runs in sweep.at(sweep.rank).values() for run in runs]
     sigmas = defaultdict(list)                          # label -> seeds x layers x (k,)
@@ -424,7 +425,8 @@ def draw_spectra(sweep: Sweep):
     k = min(len(sigma) for seeds in sigmas.values() for layers in seeds for sigma in layers)
     styles = {LABELS[method]: {"color": COLOURS[method]} for method in METHODS} | {
         "Dual: ReLU(BA)": {"color": COLOURS["dual"], "linestyle": "--"},
-        "Dual: Sign(DC)": {"color": COLOURS["dual"], "linestyle": ":"}}
+        "Dual: Sign(DC)": {"color": COLOURS["dual"], "linestyle": ":"},
+        "random Sign(DC)": {"color": "0.6", "linestyle": ":"}}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     numbers = {}
     for row, (label, seeds) in enumerate(sigmas.items()):
@@ -455,9 +457,13 @@ def matrices_of(run: SavedRun, paths: list[str]) -> dict[str, list]:
     """Label -> a matrix (out, in) of each layer: dW, and Dual LoRA's two parts."""
     found = {LABELS[run.args.method]: list(updates(run, paths, end_of(run)).values())}
     if run.args.method == "dual":
-        parts = [dual_products(tensors_in(end_of(run)), path) for path in paths]
+        tensors, generator = tensors_in(end_of(run)), torch.Generator().manual_seed(run.args.seed)
+        gaussian = {name: torch.randn(tensor.shape, generator=generator)
+                    for name, tensor in tensors.items()}
+        parts = [dual_products(tensors, path) for path in paths]
         found |= {"Dual: ReLU(BA)": [BA.relu() for BA, _ in parts],
-                  "Dual: Sign(DC)": [sign_(DC) for _, DC in parts]}
+                  "Dual: Sign(DC)": [sign_(DC) for _, DC in parts],
+                  "random Sign(DC)": [sign_(dual_products(gaussian, path)[1]) for path in paths]}
     return found
 
 

@@ -587,7 +587,7 @@ def sizes_part(args: Namespace) -> list[dict]:
               "tokens: GB by the formulas of costs.py", [{
                   "": row["contender"], "million parameters": f"{row['trainable'] / 1e6:,.1f}",
                   "weights": f"{row['weights'] / 1e9:.1f}",
-                  "gradients, Adam": f"{row['training'] / 1e9:.1f}",
+                  "training state": f"{row['training'] / 1e9:.1f}",
                   "activations": f"{row['activations'] / 1e9:.1f}",
                   "with --grad-checkpointing": f"{row['checkpointed'] / 1e9:.1f}",
                   "GFLOP a token": f"{row['flops_per_token'] / 1e9:.1f}"} for row in found])

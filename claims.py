@@ -15,20 +15,17 @@ from statistics import fmean
 from textwrap import fill
 from typing import NamedTuple
 
-import torch
-
 import ablate
-from ablate import Found, Setting
+from ablate import Found
 from analyze import FIGURES, Sweep
-from common import Parser, UserError, atomic_write, exit_on_user_error, flag, nearest
-from dual_lora import sign_
-from measures import numerical_rank
+from common import Parser, UserError, atomic_write, exit_on_user_error, nearest
 from methods import METHODS
 from plots import LABELS, save_figure
 from results import difference, within_noise
 from run import finished
 
 ROOT = Path(__file__).resolve().parent
+# Where each table stands. Those in RESULTS.md are called by the part whose runs they show.
 PAGES = {"methods": "README.md", "claims": "README.md", "facts": "RESULTS.md",
          "mini": "RESULTS.md", "choices": "RESULTS.md", "defaults": "RESULTS.md"}
 RUNS = "runs/claims"
@@ -87,32 +84,33 @@ def read_part(part: str) -> list[tuple[Found, Found]]:
     for line in PARTS[part]:
         args, rest = ablate.parse(shlex.split(line))
         search = ablate.search_of(args, rest)
-        need(part, search)
+        require_finished(part, search)
         trials = search + ablate.rest_of(args, rest, search)
-        need(part, trials)
+        require_finished(part, trials)
         found = ablate.collect(trials)
         sweeps.append((found, ablate.best_rates(found, ablate.metric_of(found, args.metric))))
     return sweeps
 
 
-def need(part: str, trials: list[ablate.Trial]) -> None:
+def require_finished(part: str, trials: list[ablate.Trial]) -> None:
     missing = [t.folder for t in trials if not finished(t.folder)]
     if missing:
-        raise Unfinished(f"{missing[0]}: no finished run, and {len(missing) - 1} more like it; "
-                         f"first: python claims.py {part}")
+        raise Unfinished(f"{missing[0]}: no finished run ({part} lacks {len(missing)}); first: "
+                         f"python claims.py {part}")
 
 
 # ---- what a claim comes to
 class Verdict(NamedTuple):
     """A row of the table of claims."""
     claim: str
+    paper: str
     runs: str           # the parts that it rests on
     here: str
     verdict: str        # seen, not seen, opposite
 
 
 Scores = dict[tuple[str, int | None], list[float]]      # by method and rank, a score a seed
-Pairs = list[tuple[list[float], list[float]]]           # scores of two methods
+Pairs = dict[str, tuple[list[float], list[float]]]      # where -> the scores of two methods there
 
 
 def scores_of(sweep: Sweep) -> Scores:
@@ -121,114 +119,124 @@ def scores_of(sweep: Sweep) -> Scores:
             for key, runs in sweep.chosen.items()}
 
 
-def pairs(a: str, b: str, tables: list[Scores]) -> Pairs:
+def pairs(a: str, b: str, parts: dict[str, Scores]) -> Pairs:
     """The scores of methods a and b wherever both were run."""
-    return [(table[a, rank], table[b, rank]) for table in tables
+    return {f"{part} {rank}": (table[a, rank], table[b, rank]) for part, table in parts.items()
             for rank in sorted({rank for method, rank in table if method == a and rank})
-            if (b, rank) in table]
+            if (b, rank) in table}
 
 
-def comparable(compared: Pairs) -> Pairs:
-    """Without the pairs that are both above CEILING."""
-    return [(a, b) for a, b in compared if min(fmean(a), fmean(b)) <= CEILING]
+def at_ceiling(a: list[float], b: list[float]) -> bool:
+    return min(fmean(a), fmean(b)) > CEILING
 
 
-def beyond_noise(compared: Pairs) -> tuple[int, int]:
-    """In how many pairs the 95 % interval of the difference is above 0, and below."""
-    limits = [difference(a, b)[1:] for a, b in comparable(compared)]
-    return sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits)
+def beyond_noise(compared: Pairs) -> tuple[int, int, int]:
+    """In how many pairs the 95 % interval of the difference is above 0, below it, and of how many:
+    those at the ceiling do not count."""
+    limits = [difference(a, b)[1:] for a, b in compared.values() if not at_ceiling(a, b)]
+    return sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits), len(limits)
 
 
 def higher(compared: Pairs) -> str:
-    """Whether the first of each pair is better. seen: beyond noise in more than half of the
-    comparable pairs, and worse beyond noise in none; opposite: the other way round."""
-    above, below = beyond_noise(compared)
-    half = len(comparable(compared)) / 2
-    return "seen" if above > half and not below else "opposite" if below > half and not above \
-        else "not seen"
+    """Whether the first of each pair is better. seen: beyond noise in more than half of the pairs
+    that count, and worse beyond noise in none; opposite: the other way round."""
+    above, below, n = beyond_noise(compared)
+    return ("seen" if above > n / 2 and not below else
+            "opposite" if below > n / 2 and not above else "not seen")
 
 
 def as_good(compared: Pairs) -> str:
     """seen: no 95 % interval of a difference reaches below -MARGIN; opposite: all are below it."""
-    limits = [difference(a, b)[1:] for a, b in compared]
+    limits = [difference(a, b)[1:] for a, b in compared.values()]
     return ("seen" if all(low >= -MARGIN for low, _ in limits) else
             "opposite" if all(high < -MARGIN for _, high in limits) else "not seen")
 
 
+def interval(a: list[float], b: list[float]) -> str:
+    """The difference of the means ± half the width of Welch's 95 % interval."""
+    mean, _, high = difference(a, b)
+    return f"{mean:+.3f} ± {high - mean:.3f}"
+
+
 def shown(compared: Pairs) -> str:
-    """The differences of the means ± half the width of Welch's 95 % interval."""
-    return ", ".join(f"{mean:+.3f} ± {high - mean:.3f}"
-                     for mean, _, high in (difference(a, b) for a, b in compared))
-
-
-def ranges(table: Scores, methods: list[str], seeds: int) -> list[float]:
-    """How far apart the best and the worst method are, a number a seed."""
-    scores = [table[method, 8][:seeds] for method in methods]
-    return [max(of_seed) - min(of_seed) for of_seed in zip(*scores, strict=True)]
+    """Each difference, those at the ceiling in brackets."""
+    return ", ".join(f"({where} {interval(a, b)})" if at_ceiling(a, b) else
+                     f"{where} {interval(a, b)}" for where, (a, b) in compared.items())
 
 
 def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
-    """The claims about which method scores higher."""
+    """The claims about how well methods score."""
     facts = parts["facts"]
     found = []
     for a, b, which in (
             ("dual", "lora", " at equal parameters, at every budget"),
             ("dual", "lora+", " likewise"), ("dual", "dora", " likewise"),
             ("adalora", "lora", " at the same final budget"), ("dash", "lora", "")):
-        compared = pairs(a, b, [facts, parts["mini"]])
-        above, below = beyond_noise(compared)
+        compared = pairs(a, b, {"facts": facts, "mini": parts["mini"]})
+        above, below, n = beyond_noise(compared)
         found.append(Verdict(
-            f"{LABELS[a]} beats {LABELS[b]}{which}", "facts, mini",
-            f"{shown(compared)}: better beyond noise in {above}, worse in {below} of "
-            f"{len(comparable(compared))}", higher(compared)))
-    small = [(parts["rank-1"]["dash", 1], facts["lora", rank]) for rank in (8, 16)]
-    found.append(Verdict("LoRA-Dash reaches LoRA's score with 8 to 16 times fewer parameters",
-                         "facts, rank-1", f"rank 1, {fmean(small[0][0]):.3f}, less LoRA's 8 and "
-                         f"16: {shown(small)}", as_good(small)))
-    half = [(facts["dora", rank], facts["lora", 2 * rank]) for rank in (2, 4)]
-    found.append(Verdict("DoRA at half the rank matches LoRA", "facts",
-                         f"rank 2 less LoRA's 4, 4 less 8: {shown(half)}", as_good(half)))
+            f"{LABELS[a]} beats {LABELS[b]}{which}", LABELS[a], "facts, mini",
+            f"{shown(compared)}: better beyond noise in {above}, worse in {below} of {n}",
+            higher(compared)))
+    small = {f"LoRA's {rank}": (parts["rank-1"]["dash", 1], facts["lora", rank])
+             for rank in (8, 16)}
+    found.append(Verdict(
+        "LoRA-Dash reaches LoRA's score with 8 to 16 times fewer parameters", "LoRA-Dash",
+        "facts, rank-1", f"rank 1, {fmean(parts['rank-1']['dash', 1]):.3f}, less {shown(small)}",
+        as_good(small)))
+    half = {f"rank {rank} less LoRA's {2 * rank}": (facts["dora", rank], facts["lora", 2 * rank])
+            for rank in (2, 4)}
+    found.append(Verdict("DoRA at half the rank matches LoRA", "DoRA", "facts", shown(half),
+                         as_good(half)))
     found.append(of_tuning(parts["one-rate"], facts))
     return found
 
 
+def ranges(table: Scores, methods: list[str], rank: int, seeds: int) -> list[float]:
+    """How far apart the best and the worst method are, a number a seed."""
+    scores = [table[method, rank][:seeds] for method in methods]
+    return [max(of_seed) - min(of_seed) for of_seed in zip(*scores, strict=True)]
+
+
 def of_tuning(one_rate: Scores, facts: Scores) -> Verdict:
     """seen: the best and the worst method are closer together beyond noise when each has its own
-    learning rate, whichever method is left out."""
-    methods = [method for method, _ in one_rate]
+    learning rate, whichever method is left out; opposite: farther apart, likewise."""
+    methods, (rank, *_) = zip(*one_rate)
+    seeds = min(map(len, one_rate.values()))
     found = {}
     for left_out in (None, *methods):
         rest = [method for method in methods if method != left_out]
-        found[left_out] = [ranges(table, rest, 3) for table in (facts, one_rate)]
+        found[left_out] = [ranges(table, rest, rank, seeds) for table in (facts, one_rate)]
     least = max(methods, key=lambda left_out: difference(*found[left_out])[0])
 
     def told(left_out: str | None) -> str:
         after, before = found[left_out]
-        return f"{fmean(before):.3f} to {fmean(after):.3f} ({shown([(after, before)])})"
+        return f"{fmean(before):.3f} to {fmean(after):.3f} ({interval(after, before)})"
 
-    verdicts = {higher([(before, after)]) for after, before in found.values()}
+    limits = [difference(after, before)[1:] for after, before in found.values()]
     return Verdict(
-        "Tuned learning rates shrink the differences", "facts, one-rate",
-        f"best less worst of {', '.join(LABELS[method] for method in methods)} at rank 8, from one "
-        f"rate for all, LoRA's, to each its own: {told(None)}; without {LABELS[least]} "
-        f"{told(least)}", verdicts.pop() if len(verdicts) == 1 else "not seen")
+        "Tuned learning rates shrink the differences", "2602.04998", "facts, one-rate",
+        f"best less worst of {', '.join(LABELS[method] for method in methods)} at rank {rank}, "
+        f"from one rate for all, LoRA's, to each its own: {told(None)}; without {LABELS[least]} "
+        f"{told(least)}", "seen" if all(high < 0 for _, high in limits) else
+        "opposite" if all(low > 0 for low, _ in limits) else "not seen")
 
 
-def of_spectra(numbers: dict, r2: int) -> Verdict:
-    dual, sign, full, lora = ({name: fmean(numbers[label][name]) for name in
-                               ("numerical_rank", "effective_rank")}
-                              for label in ("Dual LoRA", "Dual: Sign(DC)", "full", "LoRA"))
+def of_spectra(numbers: dict) -> Verdict:
+    """seen: nine tenths of the singular values, or more, are above 1 % of the largest, in Dual
+    LoRA's update and in its matrix of signs. Beside it signs of a random product as thin."""
     k = len(numbers["full"]["median"])
-    generator = torch.Generator().manual_seed(0)
-    D, C = (torch.randn(shape, generator=generator) for shape in ((k, r2), (r2, k)))
-    random = numerical_rank(torch.linalg.svdvals(sign_(D @ C)))
+    above, effective = ({label: fmean(row[name]) for label, row in numbers.items()}
+                        for name in ("numerical_rank", "effective_rank"))
+    dual, sign = "Dual LoRA", "Dual: Sign(DC)"
     return Verdict(
-        "Dual LoRA's update, and its matrix of signs, are nearly of full rank", "facts",
-        f"singular values above 1 %: {dual['numerical_rank']:.0f} and {sign['numerical_rank']:.0f} "
-        f"of {k} (signs of a random product {random}), LoRA's {lora['numerical_rank']:.0f}; "
-        f"effective rank {dual['effective_rank']:.0f} and {sign['effective_rank']:.0f}, full's "
-        f"{full['effective_rank']:.0f}, LoRA's {lora['effective_rank']:.0f}",
-        "seen" if min(dual["numerical_rank"], sign["numerical_rank"]) >= 0.9 * k else "not seen")
+        "Dual LoRA's update, and its matrix of signs, are nearly of full rank", dual, "facts",
+        f"singular values above 1 %: {above[dual]:.0f} and {above[sign]:.0f} of {k} (signs of a "
+        f"random product {above['random Sign(DC)']:.0f}), LoRA's {above['LoRA']:.0f}; effective "
+        f"rank {effective[dual]:.0f} and {effective[sign]:.0f} (random "
+        f"{effective['random Sign(DC)']:.0f}), full's {effective['full']:.0f}, LoRA's "
+        f"{effective['LoRA']:.0f}", "seen" if min(above[dual], above[sign]) >= 0.9 * k
+        else "not seen")
 
 
 def of_places(numbers: dict) -> Verdict:
@@ -247,7 +255,8 @@ def of_places(numbers: dict) -> Verdict:
     small, smallest = (shares("task-specific", start) for start in (0.5, 1 - s / k))
     null = fmean(shares("of a Gaussian dW", 1 - s / k))
     return Verdict(
-        "Task-specific directions sit at small but not the smallest singular values", "facts",
+        "Task-specific directions sit at small but not the smallest singular values", "LoRA-Dash",
+        "facts",
         f"{fmean(small):.0%} in the smaller half, {fmean(smallest):.0%} among the {s} smallest of "
         f"{k} (of a Gaussian update {null:.0%})",
         "seen" if min(small) > 0.5 and max(smallest) <= null / 2 else "not seen")
@@ -264,7 +273,7 @@ def of_overlap(numbers: dict) -> Verdict:
     seen = min(ranks + steps) > fmean(null) and 2 * beaten > len(layers)
     return Verdict(
         "Directions predicted from LoRA overlap with the task-specific ones, whatever the rank, "
-        "step, layer", "facts",
+        "step, layer", "LoRA-Dash", "facts",
         f"{min(ranks):.2f} to {max(ranks):.2f} over ranks, {min(steps):.2f} to {max(steps):.2f} "
         f"over steps; the smallest singular values alone {fmean(null):.2f}, which LoRA exceeds in "
         f"{beaten} of {len(layers)} layers; chance {fmean(chance):.2f}; another seed of full "
@@ -272,32 +281,36 @@ def of_overlap(numbers: dict) -> Verdict:
 
 
 def of_slopes(numbers: dict) -> list[Verdict]:
-    """seen: the sign of the claim in every seed; opposite: the other sign in every seed."""
+    """seen: r has the sign of the claim in every seed, and on average among the layers at one step,
+    too: over steps both changes grow from 0, which makes it positive. opposite: the other sign in
+    all of these."""
     rows = []
     for method, sign in (("full", "negative"), ("lora", "positive"), ("dora", "negative")):
         line = numbers[method]["lines"]["q"]
-        seeds = line["r of each seed"]
-        claimed = [-r if sign == "negative" else r for r in seeds]
+        seeds, at_one_step = line["r of each seed"], fmean(line["r of each step and seed"])
+        claimed = [-r if sign == "negative" else r for r in (*seeds, at_one_step)]
         rows.append(Verdict(
             f"Change of magnitude against change of direction: {sign} slope for {LABELS[method]}",
-            "facts", f"query weights: r = {line['r']:+.2f}, of a seed {min(seeds):+.2f} to "
-            f"{max(seeds):+.2f}",
+            "DoRA", "facts", f"query weights: r = {line['r']:+.2f}, of a seed {min(seeds):+.2f} to "
+            f"{max(seeds):+.2f}; at one step {at_one_step:+.2f} on average",
             "seen" if min(claimed) > 0 else "opposite" if max(claimed) < 0 else "not seen"))
     return rows
 
 
 # ---- the tables
-def table_of(sweep: Sweep) -> str:
-    """ablate.py's table of the chosen runs by rank, and which learning rates might be bettered."""
+def table_of(sweeps: list[tuple[Found, Found]]) -> str:
+    """ablate.py's table of the chosen runs by rank, and what is to be known of it."""
+    found, best = ({setting: runs for sweep in column for setting, runs in sweep.items()}
+                   for column in zip(*sweeps))
     order = list(METHODS)
-    best = {Setting(method, None if rank is None else str(rank), ()): runs
-            for (method, rank), runs in sorted(
-                sweep.chosen.items(), key=lambda item: (item[0][1] or 0, order.index(item[0][0])))}
-    edge = [ablate.named(setting) for setting, runs in best.items() if ablate.at_edge(
-        runs, [run for run in sweep.runs if run.setting == runs[0].setting])]
-    return (ablate.markdown(ablate.rows_of(best, sweep.metric))
-            + "\n" + fill(f"Best at the lowest or highest rate tried: {', '.join(edge) or 'none'}.",
-                          120) + "\n")
+    best = dict(sorted(best.items(), key=lambda item: (int(item[0].rank or 0),
+                                                       order.index(item[0].method))))
+    commits = sorted({run.result["versions"]["commit"][:7] for runs in best.values()
+                      for run in runs})
+    note = (f"Best at the lowest or highest rate tried: "
+            f"{', '.join(ablate.at_edge(found, best)) or 'none'}. Commit {', '.join(commits)}.")
+    return (ablate.markdown(ablate.rows_of(best, ablate.metric_of(found, None)))
+            + "\n" + fill(note, 120) + "\n")
 
 
 def choices_of(best: Found) -> dict[str, str]:
@@ -308,10 +321,10 @@ def choices_of(best: Found) -> dict[str, str]:
               for setting, runs in best.items()}
     told = []
     for setting in sorted(best, key=lambda setting: fmean(scores[setting]), reverse=True):
-        name = " ".join(f"{flag(name)} {value}" for name, value in setting.varied if value)
+        flags = " ".join(ablate.typed(name, value) for name, value in setting.varied if value)
         score = ablate.plus_minus(best[setting], "new", split="valid")
         bold = "" if within_noise(scores[setting], scores[as_it_is]) else "**"
-        told.append(f"{name or 'as it is'} {bold}{score}{bold}")
+        told.append(f"{f'`{flags}`' if flags else 'as it is'} {bold}{score}{bold}")
     return {"method": f"`{as_it_is.method}`", "validation `new`": "; ".join(told)}
 
 
@@ -335,11 +348,11 @@ def put(name: str, table: str) -> None:
 
 
 def with_scores(rows: str, sweep: Sweep) -> str:
-    """The table of methods, its last four cells from the runs at rank 8."""
+    """The table of methods, its last cells, trainable parameters and scores, from the runs."""
     lines = []
     for line in rows.splitlines():
         cells = line.strip("|").split("|")
-        runs = sweep.at(8).get(cells[0].strip(" `"))
+        runs = sweep.at(sweep.rank).get(cells[0].strip(" `"))
         if runs:
             new = [f"{runs[0].result['trainable']:,}",
                    *(ablate.plus_minus(runs, name) for name in runs[0].result["after"])]
@@ -363,8 +376,8 @@ def write() -> None:
     if "choices" in parts:
         rows = [choices_of(best) for _, best in parts.pop("choices")]
         tables["choices"] = ablate.markdown(rows)
-    sweeps = {part: ablate.as_saved(found) for part, found in parts.items()}
-    tables |= {part: table_of(sweeps[part]) for part in PAGES if part in sweeps}
+    tables |= {part: table_of(parts[part]) for part in PAGES if part in parts}
+    sweeps = {part: ablate.joined(found) for part, found in parts.items()}
     if "facts" in sweeps:
         facts, numbers = sweeps["facts"], {}
         for name, draw in FIGURES.items():
@@ -373,13 +386,13 @@ def write() -> None:
         tables["methods"] = with_scores(cut("methods")[1], facts)
         if sweeps.keys() >= {"mini", "rank-1", "one-rate"}:
             verdicts = [*of_scores({part: scores_of(sweep) for part, sweep in sweeps.items()}),
-                        of_spectra(numbers["spectra"], r2=facts.rank // 2),
-                        of_places(numbers["directions"]), of_overlap(numbers["directions"]),
-                        *of_slopes(numbers["dora"])]
+                        of_spectra(numbers["spectra"]), of_places(numbers["directions"]),
+                        of_overlap(numbers["directions"]), *of_slopes(numbers["dora"])]
             tables["claims"] = ablate.markdown([v._asdict() for v in verdicts])
     for name, table in tables.items():
         put(name, table)
-    print("written:", ", ".join(f"{name} in {PAGES[name]}" for name in tables) or "nothing")
+    for name, page in PAGES.items():
+        print(f"{page}: {name} {'written' if name in tables else 'left as it was'}")
 
 
 @exit_on_user_error

@@ -27,43 +27,50 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 # ---- the rules
+def compared(*scores) -> dict:
+    return {f"facts {2 ** i}": pair for i, pair in enumerate(scores, 1)}
+
+
 def test_higher_needs_most_intervals_on_one_side_and_none_on_the_other():
-    assert higher([(MIDDLE, LOW), (HIGH, MIDDLE), (LOW, LOW)]) == "seen"
-    assert higher([(LOW, MIDDLE), (MIDDLE, HIGH), (LOW, LOW)]) == "opposite"
-    assert higher([(MIDDLE, LOW), (LOW, LOW)]) == "not seen"            # no more than half
-    assert higher([(MIDDLE, LOW), (HIGH, LOW), (LOW, HIGH)]) == "not seen"
-    assert higher([(HIGH[:1], LOW)]) == "not seen"                      # one seed decides nothing
+    assert higher(compared((MIDDLE, LOW), (HIGH, MIDDLE), (LOW, LOW))) == "seen"
+    assert higher(compared((LOW, MIDDLE), (MIDDLE, HIGH), (LOW, LOW))) == "opposite"
+    assert higher(compared((MIDDLE, LOW), (LOW, LOW))) == "not seen"        # no more than half
+    assert higher(compared((MIDDLE, LOW), (HIGH, LOW), (LOW, HIGH))) == "not seen"
+    assert higher(compared((HIGH[:1], LOW))) == "not seen"          # one seed decides nothing
 
 
 def test_scores_at_the_ceiling_are_not_compared():
     assert min(TOP) > CEILING
-    assert higher([(MIDDLE, LOW), (TOP, TOP), (TOP, TOP)]) == "seen"
-    assert higher([(TOP, TOP)]) == "not seen"
-    assert beyond_noise([(MIDDLE, LOW), (TOP, TOP), (LOW, HIGH)]) == (1, 1)
+    assert higher(compared((MIDDLE, LOW), (TOP, TOP), (TOP, TOP))) == "seen"
+    assert higher(compared((TOP, TOP))) == "not seen"
+    assert beyond_noise(compared((MIDDLE, LOW), (TOP, TOP), (LOW, HIGH))) == (1, 1, 2)
 
 
 def test_a_match_is_an_interval_above_the_margin():
     def around(mean):
         return [mean - 1e-4, mean, mean + 1e-4]
-    assert as_good([(around(0.785), around(0.8)), (HIGH, LOW)]) == "seen"
-    assert as_good([(around(0.775), around(0.8)), (HIGH, LOW)]) == "not seen"
-    assert as_good([(around(0.775), around(0.8)), (LOW, HIGH)]) == "opposite"
-    assert as_good([([0.6, 0.8, 0.9], [0.7, 0.75, 0.8])]) == "not seen"     # too wide to tell
+    assert as_good(compared((around(0.785), around(0.8)), (HIGH, LOW))) == "seen"
+    assert as_good(compared((around(0.775), around(0.8)), (HIGH, LOW))) == "not seen"
+    assert as_good(compared((around(0.775), around(0.8)), (LOW, HIGH))) == "opposite"
+    wide = compared(([0.6, 0.8, 0.9], [0.7, 0.75, 0.8]))
+    assert as_good(wide) == "not seen"                              # too wide to tell
 
 
 def test_differences_are_shown_with_half_the_width_of_their_interval():
-    assert shown([([2.0, 4.0], [1.0, 1.0])]) == "+2.000 ± 12.706"      # t = 12.706, 1 degree
+    differences = compared(([0.2, 0.4], [0.1, 0.1]), (TOP[:2], TOP[:2]))    # t = 12.706, 1 degree
+    assert shown(differences) == "facts 2 +0.200 ± 1.271, (facts 4 +0.000 ± 0.000)"
 
 
 def test_methods_are_paired_at_every_rank_that_both_have():
     facts = {("lora", 2): LOW, ("lora", 8): HIGH, ("dual", 8): MIDDLE, ("full", None): TOP}
     mini = {("lora", 8): TOP, ("dual", 8): LOW}
-    assert pairs("dual", "lora", [facts, mini]) == [(MIDDLE, HIGH), (LOW, TOP)]
+    assert pairs("dual", "lora", {"facts": facts, "mini": mini}) == {
+        "facts 8": (MIDDLE, HIGH), "mini 8": (LOW, TOP)}
 
 
 def test_the_range_of_methods_is_best_less_worst_of_each_seed():
     table = {("lora", 8): [0.5, 0.7, 0.1], ("dora", 8): [0.9, 0.6], ("dual", 8): [0.6, 0.65]}
-    assert ranges(table, ["lora", "dora", "dual"], 2) == pytest.approx([0.4, 0.1])
+    assert ranges(table, ["lora", "dora", "dual"], 8, 2) == pytest.approx([0.4, 0.1])
 
 
 # ---- the claims
@@ -104,13 +111,13 @@ def test_one_method_alone_does_not_make_tuning_matter():
 
 def test_a_full_rank_is_nine_tenths_of_the_singular_values():
     def numbers(dual):
-        found = {"Dual LoRA": dual, "Dual: Sign(DC)": 10, "full": 10, "LoRA": 2}
+        found = {"Dual LoRA": dual, "Dual: Sign(DC)": 10, "random Sign(DC)": 5, "full": 10,
+                 "LoRA": 2}
         return {name: {"numerical_rank": [n, n], "effective_rank": [n / 2], "median": [1.0] * 10}
                 for name, n in found.items()}
-    assert of_spectra(numbers(9), r2=4).verdict == "seen"
-    assert of_spectra(numbers(8), r2=4).verdict == "not seen"
-    here = of_spectra(numbers(9), r2=1).here            # signs of a product of rank 1 have rank 1
-    assert "above 1 %: 9 and 10 of 10 (signs of a random product 1)" in here
+    assert of_spectra(numbers(9)).verdict == "seen"
+    assert of_spectra(numbers(8)).verdict == "not seen"
+    assert "above 1 %: 9 and 10 of 10 (signs of a random product 5)" in of_spectra(numbers(9)).here
 
 
 def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
@@ -135,12 +142,16 @@ def test_an_overlap_no_larger_than_that_of_the_smallest_values_is_none():
 
 
 def test_a_slope_needs_its_sign_in_every_seed():
-    def lines(*seeds):
-        return {"lines": {"q": {"r": seeds[0], "r of each seed": seeds}}}
+    def lines(*seeds, at_one_step=(-0.4, -0.1)):
+        return {"lines": {"q": {"r": seeds[0], "r of each seed": seeds,
+                                "r of each step and seed": at_one_step}}}
     full, lora, dora = of_slopes({"full": lines(-0.6, -0.1), "lora": lines(0.8, -0.1),
-                                  "dora": lines(0.3, 0.2)})
+                                  "dora": lines(0.3, 0.2, at_one_step=[0.1])})
     assert [full.verdict, lora.verdict, dora.verdict] == ["seen", "not seen", "opposite"]
-    assert full.here == "query weights: r = -0.60, of a seed -0.60 to -0.10"
+    assert full.here == ("query weights: r = -0.60, of a seed -0.60 to -0.10; at one step -0.25 on "
+                         "average")
+    _, lora, _ = of_slopes({"full": lines(1), "lora": lines(0.8, 0.9), "dora": lines(1)})
+    assert lora.verdict == "not seen"                       # not at one step
 
 
 # ---- the runs
@@ -210,9 +221,10 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
                   "--lr", lr)
     claims.main(["write"])
     said = capsys.readouterr().out
-    assert "s1: no finished run, and 1 more like it; first: python claims.py defaults" in said
-    assert "lr0.03-s0: no finished run, and 1 more like it; first: python claims.py mini" in said
-    assert "written: choices in RESULTS.md\n" in said and cut("defaults")[1] == "kept\n"
+    assert "s1: no finished run (defaults lacks 2); first: python claims.py defaults" in said
+    assert "lr0.03-s0: no finished run (mini lacks 2); first: python claims.py mini" in said
+    assert "RESULTS.md: choices written\nRESULTS.md: defaults left as it was\n" in said
+    assert cut("defaults")[1] == "kept\n"
     for method in (["full"], ["lora", "--rank", "2"]):
         for lr in ("0.001", "0.01"):                        # of which one was chosen
             train_one(f"defaults/facts-{method[0]}-{'r2-' * (len(method) > 1)}lr{lr}-s1",
@@ -222,20 +234,22 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
     full, lora, _, note = cut("defaults")[1].splitlines()[2:]
     assert full.startswith("| full |  | ") and lora.startswith("| lora | 2 | ")
     assert full.split(" | ")[3] == lora.split(" | ")[3] == "2"              # seeds
-    assert note == "Best at the lowest or highest rate tried: full, lora rank 2."
+    assert note.startswith("Best at the lowest or highest rate tried: full, lora rank 2. Commit ")
     row = cut("choices")[1].splitlines()[2]
-    assert row == "| `lora` | as it is 0.000; --warmup 1 0.000 |"
+    assert row == "| `lora` | as it is 0.000; `--warmup=1` 0.000 |"
 
 
 def test_choices_are_in_order_and_bold_beyond_the_noise_of_the_method_as_it_is():
     def runs(*values):
         return [SimpleNamespace(result={"valid": {"new": value}}) for value in values]
-    row = claims.choices_of({Setting("lora", "8", (("init_std", None),)): runs(*MIDDLE),
-                             Setting("lora", "8", (("init_std", "1"),)): runs(0.5, 0.5, 0.5),
-                             Setting("lora", "8", (("init_std", "2"),)): runs(*HIGH)})
+    def setting(std, clip):
+        return Setting("lora", "8", (("init_std", std), ("clip", clip)))
+    row = claims.choices_of({setting(None, None): runs(*MIDDLE),
+                             setting(None, "no"): runs(0.5, 0.5, 0.5),
+                             setting("2", None): runs(*HIGH)})
     assert row == {"method": "`lora`", "validation `new`":
-                   "--init-std 2 **0.810 ± 0.010**; as it is 0.510 ± 0.010; "
-                   "--init-std 1 0.500 ± 0.000"}
+                   "`--init-std=2` **0.810 ± 0.010**; as it is 0.510 ± 0.010; "
+                   "`--no-clip` 0.500 ± 0.000"}
 
 
 def test_the_table_of_methods_gets_scores_and_keeps_its_formulas(tmp_path):
