@@ -205,7 +205,7 @@ def legend(figure, panels, where: str = "upper") -> None:
     labels = [label for label in LABELS.values() if label in entries]
     labels += [label for label in entries if label not in labels]
     figure.legend([entries[label] for label in labels], labels, loc=f"outside {where} center",
-                  ncols=7, fontsize=9)
+                  ncols=7 if len(labels) <= 7 else 5, fontsize=9)
 
 
 def band(axes, x: list, lines: list[list[float]], **style) -> dict:
