@@ -10,11 +10,13 @@
 Any flag of train.py that is not varied is passed on to every run. Each run has a folder of its own
 under --out. The sweep can be given again at any time, after kill -9 too: what is finished is
 skipped, what was stopped goes on. --list prints the commands instead of running them, one a line,
-for several processes or machines that share a folder.
+for several processes or machines that share a folder; those of seeds that the search leaves out
+come once it is done.
 
 A method's learning rate, for each rank and setting, is the best of --lrs on validation, on average
 over seeds; the test scores are only reported. Into --out go table.md, results.csv (a line a run),
-score.png, rates.png and loss.png with their numbers, and logs/ with what the runs printed.
+without --vary score.png, rates.png and loss.png with their numbers, and logs/ with what the runs
+printed.
 """
 import csv
 import os
@@ -101,6 +103,9 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     for method in args.methods:
         if method not in METHODS:
             raise UserError(f"--methods {method}: unknown{nearest(method, METHODS)}")
+    for name, _ in args.vary:
+        if all(name in train.unused_flags(method) for method in args.methods):
+            raise UserError(f"--vary {name}: no method of --methods uses it")
     for seed in args.search_seeds:
         if seed not in args.seeds:
             raise UserError(f"--search-seeds {seed}: not one of --seeds")
@@ -236,15 +241,20 @@ class Runner:
             child = subprocess.Popen([sys.executable, train.__file__, *trial.flags], stdout=log,
                                      stderr=log, env=environment, start_new_session=True)
             self.children.add(child)
+            if self.stopping.is_set():          # since it was asked above
+                child.terminate()
             status = child.wait()
         self.children.discard(child)
         return status
 
     def report(self, trial: Trial, status: int) -> None:
         self.bar.update()
-        run = read_run(trial.folder) if status == 0 else None
+        run, said = None, log_of(trial).read_text(errors="replace").strip().splitlines() or [""]
+        try:
+            run = read_run(trial.folder) if status == 0 else None
+        except UserError as error:
+            said = [str(error)]
         if run is None:
-            said = log_of(trial).read_text(errors="replace").strip().splitlines() or [""]
             self.failed[trial.folder.name] = said[-1]
             tqdm.write(f"{trial.folder.name}: failed: {said[-1]}", file=sys.stderr)
             return
@@ -414,13 +424,10 @@ def write_results(path: Path, found: Found, best: Found) -> None:
         writer.writerows(rows)
 
 
-def joined(sweeps: list[tuple[Found, Found]]) -> analyze.Sweep:
-    """One sweep for the figures from several, each given as (found, best): a method at a rank is in
-    one of them, and has one setting."""
-    return analyze.Sweep(
-        [run for found, _ in sweeps for runs in found.values() for run in runs],
-        {(runs[0].args.method, runs[0].args.rank): runs
-         for _, best in sweeps for runs in best.values()})
+def saved_sweep(found: Found, best: Found) -> analyze.Sweep:
+    """What the figures are drawn from: a method has one setting at a rank."""
+    return analyze.Sweep([run for runs in found.values() for run in runs],
+                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()})
 
 
 def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
@@ -464,7 +471,10 @@ def main(argv: list[str] | None = None) -> None:
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
     later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
     runner = Runner(args.jobs, len(search) + later)
-    runner.perform(search)
+    if args.metric:             # refused after one run, not after all
+        runner.perform(search[:1])
+        metric_of(collect(search[:1]), args.metric)
+    runner.perform(search[bool(args.metric):])
     trials = search + rest_of(args, rest, search)
     runner.perform(trials[len(search):])
     runner.bar.close()
@@ -480,7 +490,7 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
-        figures = [] if args.vary else draw(joined([(found, best)]), out)
+        figures = [] if args.vary else draw(saved_sweep(found, best), out)
         print(f"{text}\n{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if runner.failed:
         sys.exit(1)

@@ -371,7 +371,8 @@ def draw_score(sweep: Sweep):
                       **line_of(method))
         if method == "full":
             axes.axhline(line[0]["mean"], color=COLOURS["full"], linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel=sweep.score_on("test"))
+    axes.set(xscale="log", xlabel="trainable parameters (as many: side by side)",
+             ylabel=sweep.score_on("test"))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
@@ -413,8 +414,8 @@ def draw_spectra(sweep: Sweep):
     """Left: the singular values of dW by index, over the largest: the median over layers and seeds,
     and a band over the middle half of them; where layers differ in size, up to the shortest's
     last. Right: effective_rank() and numerical_rank(), the mean over layers and seeds, with a bar
-    from the least seed to the greatest. Dual LoRA's two parts are shown beside its dW, and Sign(DC)
-    of D and C that are as large and Gaussian: how much rank comes of the form alone.
+    from the least seed to the greatest. Dual LoRA's two parts are shown beside its dW, and dW and
+    Sign(DC) of factors that are Gaussian and of the same shapes: what comes of the form alone.
     """
     runs = [run for runs in sweep.at(sweep.rank).values() for run in runs]
     sigmas = defaultdict(list)                          # label -> seeds x layers x (k,)
@@ -426,7 +427,7 @@ def draw_spectra(sweep: Sweep):
     styles = {LABELS[method]: {"color": COLOURS[method]} for method in METHODS} | {
         "Dual: ReLU(BA)": {"color": COLOURS["dual"], "linestyle": "--"},
         "Dual: Sign(DC)": {"color": COLOURS["dual"], "linestyle": ":"},
-        "random Sign(DC)": {"color": "0.6", "linestyle": ":"}}
+        "random dW": {"color": "0.6"}, "random Sign(DC)": {"color": "0.6", "linestyle": ":"}}
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
     numbers = {}
     for row, (label, seeds) in enumerate(sigmas.items()):
@@ -454,16 +455,18 @@ def draw_spectra(sweep: Sweep):
 
 
 def matrices_of(run: SavedRun, paths: list[str]) -> dict[str, list]:
-    """Label -> a matrix (out, in) of each layer: dW, and Dual LoRA's two parts."""
+    """Label -> a matrix (out, in) of each layer: dW, and Dual LoRA's parts and their likes."""
     found = {LABELS[run.args.method]: list(updates(run, paths, end_of(run)).values())}
     if run.args.method == "dual":
         tensors, generator = tensors_in(end_of(run)), torch.Generator().manual_seed(run.args.seed)
         gaussian = {name: torch.randn(tensor.shape, generator=generator)
                     for name, tensor in tensors.items()}
-        parts = [dual_products(tensors, path) for path in paths]
+        parts, random = ([dual_products(factors, path) for path in paths]
+                         for factors in (tensors, gaussian))
         found |= {"Dual: ReLU(BA)": [BA.relu() for BA, _ in parts],
                   "Dual: Sign(DC)": [sign_(DC) for _, DC in parts],
-                  "random Sign(DC)": [sign_(dual_products(gaussian, path)[1]) for path in paths]}
+                  "random dW": [BA.relu() * sign_(DC) for BA, DC in random],
+                  "random Sign(DC)": [sign_(DC) for _, DC in random]}
     return found
 
 
@@ -478,8 +481,8 @@ def draw_dora(sweep: Sweep):
             if all(len(saved_at(run)) > 1 for run in of_method)}
     if not runs:
         raise Lacking("needs a method's runs with several snapshots (--snapshot-every)")
-    rows = math.ceil(len(runs) / 3)
-    figure, panels = plt.subplots(rows, min(3, len(runs)), figsize=(9, 2.8 * rows), squeeze=False,
+    rows = math.ceil(len(runs) / 4)
+    figure, panels = plt.subplots(rows, min(4, len(runs)), figsize=(9, 2.4 * rows), squeeze=False,
                                   layout="constrained")
     numbers = {}
     for method, of_method in runs.items():
@@ -505,9 +508,9 @@ def draw_dora(sweep: Sweep):
             "", ["#cccccc", COLOURS[method]]))
         axes.axline((0, line["intercept"]), slope=line["slope"], color="0.3", linewidth=1)
         axes.set(xlim=(0, 1.05 * x.max()), ylim=(0, 1.05 * y.max()))
-        axes.set_title(f"{LABELS[method]}: r = {line['r']:+.2f}, slope {line['slope']:.2g}",
+        axes.set_title(f"{LABELS[method]}\nr = {line['r']:+.2f}, slope {line['slope']:.2g}",
                        fontsize=10)
-        axes.locator_params(nbins=4)
+        axes.locator_params(nbins=3)
         axes.grid(alpha=0.3)
     for axes in panels.flat[len(runs):]:
         axes.remove()
@@ -518,9 +521,12 @@ def draw_dora(sweep: Sweep):
 
 
 def line_through(points: list[dict]) -> dict[str, float]:
-    """The line of least squares of magnitude over direction, and Pearson's r."""
-    line = linregress([point["direction"] for point in points],
-                      [point["magnitude"] for point in points])
+    """The line of least squares of magnitude over direction, and Pearson's r. Lacking: no layer has
+    changed otherwise than another."""
+    x = [point["direction"] for point in points]
+    if len(set(x)) < 2:
+        raise Lacking("needs layers whose directions have changed")
+    line = linregress(x, [point["magnitude"] for point in points])
     return {"slope": line.slope, "intercept": line.intercept, "r": line.rvalue}
 
 

@@ -78,18 +78,19 @@ class Unfinished(UserError):
     """Not all runs of a part are there."""
 
 
-def read_part(part: str) -> list[tuple[Found, Found]]:
-    """What each sweep of a part found: all its runs, and those with the chosen learning rates."""
-    sweeps = []
+def read_part(part: str) -> tuple[Found, Found]:
+    """All runs of a part, and those with the chosen learning rates. Unfinished: one is missing."""
+    found, best = {}, {}
     for line in PARTS[part]:
         args, rest = ablate.parse(shlex.split(line))
         search = ablate.search_of(args, rest)
         require_finished(part, search)
         trials = search + ablate.rest_of(args, rest, search)
         require_finished(part, trials)
-        found = ablate.collect(trials)
-        sweeps.append((found, ablate.best_rates(found, ablate.metric_of(found, args.metric))))
-    return sweeps
+        of_line = ablate.collect(trials)
+        found |= of_line
+        best |= ablate.best_rates(of_line, ablate.metric_of(of_line, args.metric))
+    return found, best
 
 
 def require_finished(part: str, trials: list[ablate.Trial]) -> None:
@@ -137,11 +138,11 @@ def beyond_noise(compared: Pairs) -> tuple[int, int, int]:
     return sum(low > 0 for low, _ in limits), sum(high < 0 for _, high in limits), len(limits)
 
 
-def higher(compared: Pairs) -> str:
-    """Whether the first of each pair is better. seen: beyond noise in more than half of the pairs
-    that count, and worse beyond noise in none; opposite: the other way round."""
+def higher(compared: Pairs, every: bool = False) -> str:
+    """Whether the first of each pair is better. seen: beyond noise in every pair that counts, or in
+    more than half and worse in none; opposite: worse in more than half and better in none."""
     above, below, n = beyond_noise(compared)
-    return ("seen" if above > n / 2 and not below else
+    return ("seen" if above > (n - 1 if every else n / 2) and not below else
             "opposite" if below > n / 2 and not above else "not seen")
 
 
@@ -170,14 +171,14 @@ def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
     found = []
     for a, b, which in (
             ("dual", "lora", " at equal parameters, at every budget"),
-            ("dual", "lora+", " likewise"), ("dual", "dora", " likewise"),
+            ("dual", "lora+", " at every budget"), ("dual", "dora", " at every budget"),
             ("adalora", "lora", " at the same final budget"), ("dash", "lora", "")):
         compared = pairs(a, b, {"facts": facts, "mini": parts["mini"]})
         above, below, n = beyond_noise(compared)
         found.append(Verdict(
             f"{LABELS[a]} beats {LABELS[b]}{which}", LABELS[a], "facts, mini",
             f"{shown(compared)}: better beyond noise in {above}, worse in {below} of {n}",
-            higher(compared)))
+            higher(compared, every="every" in which)))
     small = {f"LoRA's {rank}": (parts["rank-1"]["dash", 1], facts["lora", rank])
              for rank in (8, 16)}
     found.append(Verdict(
@@ -185,11 +186,10 @@ def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
         "facts, rank-1", f"rank 1, {fmean(parts['rank-1']['dash', 1]):.3f}, less {shown(small)}",
         as_good(small)))
     half = {f"rank {rank} less LoRA's {2 * rank}": (facts["dora", rank], facts["lora", 2 * rank])
-            for rank in (2, 4)}
+            for method, rank in facts if method == "dora" and ("lora", 2 * rank) in facts}
     found.append(Verdict("DoRA at half the rank matches LoRA", "DoRA", "facts", shown(half),
                          as_good(half)))
-    found.append(of_tuning(parts["one-rate"], facts))
-    return found
+    return found + of_tuning(parts["one-rate"], facts)
 
 
 def ranges(table: Scores, methods: list[str], rank: int, seeds: int) -> list[float]:
@@ -198,9 +198,9 @@ def ranges(table: Scores, methods: list[str], rank: int, seeds: int) -> list[flo
     return [max(of_seed) - min(of_seed) for of_seed in zip(*scores, strict=True)]
 
 
-def of_tuning(one_rate: Scores, facts: Scores) -> Verdict:
+def of_tuning(one_rate: Scores, facts: Scores) -> list[Verdict]:
     """seen: the best and the worst method are closer together beyond noise when each has its own
-    learning rate, whichever method is left out; opposite: farther apart, likewise."""
+    learning rate; opposite: farther apart. For all, and without the one that matters most."""
     methods, (rank, *_) = zip(*one_rate)
     seeds = min(map(len, one_rate.values()))
     found = {}
@@ -208,18 +208,18 @@ def of_tuning(one_rate: Scores, facts: Scores) -> Verdict:
         rest = [method for method in methods if method != left_out]
         found[left_out] = [ranges(table, rest, rank, seeds) for table in (facts, one_rate)]
     least = max(methods, key=lambda left_out: difference(*found[left_out])[0])
-
-    def told(left_out: str | None) -> str:
+    rows = []
+    for left_out, which in ((None, f"of {', '.join(LABELS[method] for method in methods)}"),
+                            (least, f"the same without {LABELS[least]}")):
         after, before = found[left_out]
-        return f"{fmean(before):.3f} to {fmean(after):.3f} ({interval(after, before)})"
-
-    limits = [difference(after, before)[1:] for after, before in found.values()]
-    return Verdict(
-        "Tuned learning rates shrink the differences", "2602.04998", "facts, one-rate",
-        f"best less worst of {', '.join(LABELS[method] for method in methods)} at rank {rank}, "
-        f"from one rate for all, LoRA's, to each its own: {told(None)}; without {LABELS[least]} "
-        f"{told(least)}", "seen" if all(high < 0 for _, high in limits) else
-        "opposite" if all(low > 0 for low, _ in limits) else "not seen")
+        _, low, high = difference(after, before)
+        rows.append(Verdict(
+            f"Tuned learning rates shrink the differences{' of the others' if left_out else ''}",
+            "2602.04998", "facts, one-rate",
+            f"best less worst {which} at rank {rank}, from one rate for all, LoRA's own, to each "
+            f"its own: {fmean(before):.3f} to {fmean(after):.3f} ({interval(after, before)})",
+            "seen" if high < 0 else "opposite" if low > 0 else "not seen"))
+    return rows
 
 
 def of_spectra(numbers: dict) -> Verdict:
@@ -231,10 +231,11 @@ def of_spectra(numbers: dict) -> Verdict:
     dual, sign = "Dual LoRA", "Dual: Sign(DC)"
     return Verdict(
         "Dual LoRA's update, and its matrix of signs, are nearly of full rank", dual, "facts",
-        f"singular values above 1 %: {above[dual]:.0f} and {above[sign]:.0f} of {k} (signs of a "
-        f"random product {above['random Sign(DC)']:.0f}), LoRA's {above['LoRA']:.0f}; effective "
-        f"rank {effective[dual]:.0f} and {effective[sign]:.0f} (random "
-        f"{effective['random Sign(DC)']:.0f}), full's {effective['full']:.0f}, LoRA's "
+        f"singular values above 1 %: {above[dual]:.0f} and {above[sign]:.0f} of {k} (of random "
+        f"factors {above['random dW']:.0f} and {above['random Sign(DC)']:.0f}), LoRA's "
+        f"{above['LoRA']:.0f}; effective rank {effective[dual]:.0f} and {effective[sign]:.0f} "
+        f"({effective['random dW']:.0f} and {effective['random Sign(DC)']:.0f}), full's "
+        f"{effective['full']:.0f}, LoRA's "
         f"{effective['LoRA']:.0f}", "seen" if min(above[dual], above[sign]) >= 0.9 * k
         else "not seen")
 
@@ -298,15 +299,13 @@ def of_slopes(numbers: dict) -> list[Verdict]:
 
 
 # ---- the tables
-def table_of(sweeps: list[tuple[Found, Found]]) -> str:
+def table_of(found: Found, best: Found) -> str:
     """ablate.py's table of the chosen runs by rank, and what is to be known of it."""
-    found, best = ({setting: runs for sweep in column for setting, runs in sweep.items()}
-                   for column in zip(*sweeps))
     order = list(METHODS)
     best = dict(sorted(best.items(), key=lambda item: (int(item[0].rank or 0),
                                                        order.index(item[0].method))))
-    commits = sorted({run.result["versions"]["commit"][:7] for runs in best.values()
-                      for run in runs})
+    commits = sorted({(run.result["versions"].get("commit") or "unknown")[:7]
+                      for runs in best.values() for run in runs})
     note = (f"Best at the lowest or highest rate tried: "
             f"{', '.join(ablate.at_edge(found, best)) or 'none'}. Commit {', '.join(commits)}.")
     return (ablate.markdown(ablate.rows_of(best, ablate.metric_of(found, None)))
@@ -361,6 +360,17 @@ def with_scores(rows: str, sweep: Sweep) -> str:
     return "".join(lines)
 
 
+def summarise(part: str) -> None:
+    """A part's table.md, results.csv and figures: of its sweeps, which share a folder, each has
+    left its own there."""
+    found, best = read_part(part)
+    out = Path(RUNS, part)
+    with atomic_write(out / "table.md") as path:
+        path.write_text(table_of(found, best), encoding="utf-8")
+    ablate.write_results(out / "results.csv", found, best)
+    ablate.draw(ablate.saved_sweep(found, best), out)
+
+
 def write() -> None:
     """Tables and figures of the parts that are finished; those of the others stay as they are.
     UserError: a page lacks a mark."""
@@ -374,10 +384,12 @@ def write() -> None:
             print(error)
     tables = {}
     if "choices" in parts:
-        rows = [choices_of(best) for _, best in parts.pop("choices")]
-        tables["choices"] = ablate.markdown(rows)
-    tables |= {part: table_of(parts[part]) for part in PAGES if part in parts}
-    sweeps = {part: ablate.joined(found) for part, found in parts.items()}
+        _, best = parts.pop("choices")
+        tables["choices"] = ablate.markdown(
+            [choices_of({setting: runs for setting, runs in best.items()
+                         if setting.method == method}) for method in CHOICES])
+    tables |= {part: table_of(*parts[part]) for part in PAGES if part in parts}
+    sweeps = {part: ablate.saved_sweep(*of_part) for part, of_part in parts.items()}
     if "facts" in sweeps:
         facts, numbers = sweeps["facts"], {}
         for name, draw in FIGURES.items():
@@ -404,14 +416,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.part not in (None, "write", *PARTS):
         raise UserError(f"{args.part}: no such part{nearest(args.part, [*PARTS, 'write'])}")
     failed = False
-    for part, lines in PARTS.items():
-        for line in lines if args.part in (None, part) else ():
+    for part in PARTS if args.part is None else [args.part] * (args.part != "write"):
+        for line in PARTS[part]:
             try:
                 ablate.main([*shlex.split(line), "--jobs", args.jobs])
             except SystemExit as end:
                 if end.code != 1:
                     raise
                 failed = True               # a run, of which ablate.py has told; the others go on
+        if part != "choices" and not failed:            # those have a folder for each method
+            summarise(part)
     if args.part in (None, "write"):
         write()
     if failed:

@@ -45,7 +45,7 @@ def read_run(folder: str | Path) -> SavedRun | None:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         check(result, before=dict, after=dict, valid=dict, counts=dict, trainable=int,
-              seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict)
+              seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
         check(result["valid"], loss=Number, **{name: Number for name in result["after"]})
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -253,7 +253,7 @@ def read_config(folder: str | Path) -> dict:
     path = Path(folder) / "config.json"
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
                  max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
-                 batch_size=int)
+                 batch_size=int, targets=(str, NoneType), from_peft=(str, NoneType))
     kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

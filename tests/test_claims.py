@@ -86,38 +86,57 @@ def parts(better: str) -> dict:
 
 
 @pytest.mark.parametrize("better, verdicts", [
-    ("dual", ["seen"] * 3 + ["not seen"] * 5),
+    ("dual", ["seen"] * 3 + ["not seen"] * 4 + ["seen", "not seen"]),
     ("lora", ["opposite", "not seen", "not seen", "opposite", "opposite", "opposite", "opposite",
-              "not seen"]),
-    ("dash", ["not seen"] * 3 + ["not seen", "seen", "seen", "not seen", "not seen"]),
-    ("adalora", ["not seen"] * 3 + ["seen"] + ["not seen"] * 4)])
+              "seen", "opposite"]),
+    ("dash", ["not seen"] * 3 + ["not seen", "seen", "seen", "not seen", "seen", "opposite"]),
+    ("adalora", ["not seen"] * 3 + ["seen"] + ["not seen"] * 3 + ["seen", "opposite"])])
 def test_claims_about_scores(better, verdicts):
     found = of_scores(parts(better))
     assert [row.verdict for row in found] == verdicts
     assert "better beyond noise in 5, worse in 0 of 5" in found[0].here or better != "dual"
+    assert found[6].here.count("less LoRA's") == 3                  # ranks 2, 4 and 8
 
 
-def test_one_method_alone_does_not_make_tuning_matter():
+def test_every_budget_is_every_one():
+    almost = compared((MIDDLE, LOW), (HIGH, LOW), (LOW, LOW))
+    assert higher(almost) == "seen" and higher(almost, every=True) == "not seen"
+    assert higher(compared((MIDDLE, LOW), (TOP, TOP)), every=True) == "seen"
+
+
+def test_the_ceiling_takes_both():
+    assert claims.at_ceiling(TOP, TOP) and not claims.at_ceiling(TOP, MIDDLE)
+
+
+def test_scores_are_of_the_test_split_and_one_a_seed():
+    runs = [SimpleNamespace(result={"after": {"new": after}, "valid": {"new": 0.1}})
+            for after in LOW]
+    sweep = SimpleNamespace(metric="new", chosen={("lora", 8): runs})
+    assert claims.scores_of(sweep) == {("lora", 8): LOW}
+
+
+def test_tuning_is_told_for_all_and_without_the_method_that_matters_most():
     methods = ("lora", "dora", "dash", "dual")
-    def verdict(*at_one_rate):
+    def verdicts(*at_one_rate):
         one_rate = {(method, 8): scores for method, scores in zip(methods, at_one_rate)}
         return of_tuning(one_rate, {(method, 8): HIGH for method in methods})
-    assert verdict(HIGH, HIGH, LOW, LOW).verdict == "seen"
-    alone = verdict(HIGH, HIGH, HIGH, LOW)
-    assert alone.verdict == "not seen"
-    assert "0.700 to 0.000 (-0.700 ± 0.000); without Dual LoRA 0.000 to 0.000" in alone.here
-    assert verdict(HIGH, HIGH, HIGH, HIGH).verdict == "not seen"
+    assert [row.verdict for row in verdicts(HIGH, HIGH, LOW, LOW)] == ["seen", "seen"]
+    alone = verdicts(HIGH, HIGH, HIGH, LOW)
+    assert [row.verdict for row in alone] == ["seen", "not seen"]
+    assert "0.700 to 0.000 (-0.700 ± 0.000)" in alone[0].here
+    assert "without Dual LoRA" in alone[1].here and "0.000 to 0.000" in alone[1].here
+    assert [row.verdict for row in verdicts(HIGH, HIGH, HIGH, HIGH)] == ["not seen"] * 2
 
 
 def test_a_full_rank_is_nine_tenths_of_the_singular_values():
-    def numbers(dual):
-        found = {"Dual LoRA": dual, "Dual: Sign(DC)": 10, "random Sign(DC)": 5, "full": 10,
-                 "LoRA": 2}
+    def numbers(dual, sign=10):
+        found = {"Dual LoRA": dual, "Dual: Sign(DC)": sign, "random dW": 6, "random Sign(DC)": 5,
+                 "full": 10, "LoRA": 2}
         return {name: {"numerical_rank": [n, n], "effective_rank": [n / 2], "median": [1.0] * 10}
                 for name, n in found.items()}
     assert of_spectra(numbers(9)).verdict == "seen"
-    assert of_spectra(numbers(8)).verdict == "not seen"
-    assert "above 1 %: 9 and 10 of 10 (signs of a random product 5)" in of_spectra(numbers(9)).here
+    assert of_spectra(numbers(8)).verdict == of_spectra(numbers(9, 8)).verdict == "not seen"
+    assert "above 1 %: 9 and 10 of 10 (of random factors 6 and 5)" in of_spectra(numbers(9)).here
 
 
 def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
@@ -207,6 +226,7 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
             text.write(f"<!-- {name}: begin -->\nkept\n<!-- {name}: end -->\n")
     defaults = ("--methods lora,full --ranks 2 --seeds 0,1 --lrs 1e-3,1e-2 --search-seeds 0 "
                 f"{SHORT} --out runs/claims/defaults")
+    monkeypatch.setattr(claims, "CHOICES", ["lora"])
     monkeypatch.setattr(claims, "PARTS", {
         "choices": [f"--methods lora --one-at-a-time --vary warmup=1 --lrs 1e-3 {SHORT} "
                     "--out runs/claims/choices"],
