@@ -249,14 +249,16 @@ class Runner:
 
     def report(self, trial: Trial, status: int) -> None:
         self.bar.update()
-        run, said = None, log_of(trial).read_text(errors="replace").strip().splitlines() or [""]
+        run, said = None, ""
         try:
             run = read_run(trial.folder) if status == 0 else None
         except UserError as error:
-            said = [str(error)]
+            said = str(error)
         if run is None:
-            self.failed[trial.folder.name] = said[-1]
-            tqdm.write(f"{trial.folder.name}: failed: {said[-1]}", file=sys.stderr)
+            said = said or (log_of(trial).read_text(errors="replace").strip().splitlines()
+                            or [""])[-1]
+            self.failed[trial.folder.name] = said
+            tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
             return
         name = main_metric(run.result)
         tqdm.write(f"{trial.folder.name}: {name} {run.result['valid'][name]:.4f} on validation, "

@@ -1,6 +1,6 @@
 """The papers' claims, tested: every run behind README.md's and RESULTS.md's results.
 
-    python claims.py --jobs 2           all of it, three hours on two cores; given again, it goes on
+    python claims.py --jobs 2           all of it, four hours on two cores; given again, it goes on
     python claims.py facts --jobs 2     a part of it
     python claims.py write              their tables and figures, from the parts that are finished
 
@@ -186,7 +186,8 @@ def of_scores(parts: dict[str, Scores]) -> list[Verdict]:
         "facts, rank-1", f"rank 1, {fmean(parts['rank-1']['dash', 1]):.3f}, less {shown(small)}",
         as_good(small)))
     half = {f"rank {rank} less LoRA's {2 * rank}": (facts["dora", rank], facts["lora", 2 * rank])
-            for method, rank in facts if method == "dora" and ("lora", 2 * rank) in facts}
+            for method, rank in sorted(facts, key=str)
+            if method == "dora" and ("lora", 2 * rank) in facts}
     found.append(Verdict("DoRA at half the rank matches LoRA", "DoRA", "facts", shown(half),
                          as_good(half)))
     return found + of_tuning(parts["one-rate"], facts)
@@ -209,15 +210,15 @@ def of_tuning(one_rate: Scores, facts: Scores) -> list[Verdict]:
         found[left_out] = [ranges(table, rest, rank, seeds) for table in (facts, one_rate)]
     least = max(methods, key=lambda left_out: difference(*found[left_out])[0])
     rows = []
-    for left_out, which in ((None, f"of {', '.join(LABELS[method] for method in methods)}"),
-                            (least, f"the same without {LABELS[least]}")):
+    for left_out, without in ((None, ""), (least, f", {LABELS[least]} left out")):
         after, before = found[left_out]
         _, low, high = difference(after, before)
+        names = ", ".join(LABELS[method] for method in methods if method != left_out)
         rows.append(Verdict(
-            f"Tuned learning rates shrink the differences{' of the others' if left_out else ''}",
-            "2602.04998", "facts, one-rate",
-            f"best less worst {which} at rank {rank}, from one rate for all, LoRA's own, to each "
-            f"its own: {fmean(before):.3f} to {fmean(after):.3f} ({interval(after, before)})",
+            f"Tuned learning rates shrink the differences{without}", "2602.04998",
+            "facts, one-rate", f"best less worst of {names} at rank {rank}, from one rate for all, "
+            f"LoRA's own, to each its own: {fmean(before):.3f} to {fmean(after):.3f} "
+            f"({interval(after, before)})",
             "seen" if high < 0 else "opposite" if low > 0 else "not seen"))
     return rows
 

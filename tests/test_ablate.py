@@ -146,8 +146,8 @@ def finish(flags: list[str], valid: float, test: float) -> None:
         "before": {"new": 0.0, "paraphrase": 0.0, "kept": 1.0},
         "valid": {"loss": 1.0, "new": valid, "paraphrase": 0.4, "kept": 0.5},
         "after": {"new": test, "paraphrase": 0.4, "kept": 0.5},
-        "counts": {"new": 10}, "trainable": 55296,
-        "seconds": 30.0, "peak_memory_mb": 400.0, "versions": {"torch": "2", "threads": 1}}))
+        "counts": {"new": 10}, "trainable": 55296, "base": "", "seconds": 30.0,
+        "peak_memory_mb": 400.0, "versions": {"torch": "2", "threads": 1}}))
 
 
 class Process:
@@ -205,11 +205,12 @@ def test_a_loss_is_better_when_it_is_lower(processes, capsys, monkeypatch):
     assert dora["new"].startswith("**") and not lora["new"].startswith("**")
 
 
-def test_a_metric_that_the_task_has_not_is_told(processes, capsys):
+def test_a_metric_that_the_task_has_not_is_told_after_one_run(processes, capsys):
     processes.score = lambda args: (0.5, 0.5)
     with pytest.raises(SystemExit):
         ablate.main(["--methods", "lora", "--metric", "loss", "--seeds", "0", *SHORT])
     assert "--metric loss: the task has no such metric" in capsys.readouterr().err
+    assert len(processes.ran) == 1
 
 
 def test_one_seed_decides_nothing(processes, capsys):
@@ -347,6 +348,7 @@ def test_a_difference_is_welch_s():
     (["--methods", "lora", "--seeds", "one"], "--seeds one: not whole numbers"),
     (["--methods", "lora", "--vary", "alpha=8", "--alpha", "16"], "given for all runs"),
     (["--methods", "lora", "--vary", "steps=0"], "--steps 0"),
+    (["--methods", "lora,dora", "--vary", "clip=no"], "no method of --methods uses it"),
 ])
 def test_wrong_flags_end_with_one_line_before_any_run(flags, said, capsys):
     assert said in refused(capsys, *flags, main=ablate.main)

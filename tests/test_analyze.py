@@ -1,6 +1,5 @@
 """What the figures measure, by hand; and that every figure is drawn from runs of a few steps."""
 import json
-import math
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -39,6 +38,9 @@ def sweep(tmp_path_factory) -> Path:
         own = [] if method == "full" else ADAPTERS
         train_one(folder, f"{method}-{seed}", "--method", method, "--seed", str(seed), *own)
     train_one(folder, "lora-slow", "--method", "lora", "--lr", "1e-6", *ADAPTERS)
+    for name, valid, test in (("lora-0", 0.5, 0.7), ("lora-1", 0.4, 0.8), ("lora-slow", 0.2, 0.9)):
+        edit(folder / name / "result.json", lambda result: (        # six steps leave all at 0
+            result["valid"].update(new=valid), result["after"].update(new=test)))
     return folder
 
 
@@ -50,6 +52,14 @@ def figures(sweep) -> dict[str, dict]:
 
 
 # ---- by hand
+def test_a_line_is_of_magnitude_over_direction():
+    line = analyze.line_through([{"direction": x, "magnitude": y} for x, y in
+                                 ((0.0, 1.0), (1.0, 3.0), (2.0, 5.0))])
+    assert line == pytest.approx({"slope": 2, "intercept": 1, "r": 1})
+    with pytest.raises(analyze.Lacking):
+        analyze.line_through([{"direction": 1.0, "magnitude": y} for y in (1.0, 2.0)])
+
+
 def test_change_rates_of_a_diagonal_weight_are_the_diagonal_of_the_update_over_sigma():
     U, sigma, Vt = torch.linalg.svd(torch.diag(torch.tensor([4.0, 2.0, 1.0])))
     dW = torch.tensor([[1.0, 9, 9], [9, -1, 9], [9, 9, 3]])
@@ -166,12 +176,20 @@ def test_score_and_rates_are_the_results_of_the_runs(sweep, figures):
     assert [row["chosen"] for row in rates.values()] == [True, False]
 
 
-def test_ranks_of_the_updates_are_those_of_the_methods(figures):
+def test_ranks_of_the_updates_are_those_of_the_methods(sweep, figures):
     rank = {label: row["numerical_rank"] for label, row in figures["spectra"].items()}
     assert rank["LoRA"] == [4, 4] and all(len(row["median"]) == 128 and row["median"][0] == 1
                                           for row in figures["spectra"].values())
     assert rank["AdaLoRA"][0] <= 6 and rank["LoRA-Dash"][0] <= 12
-    assert min(rank["full"] + rank["Dual LoRA"] + rank["Dual: Sign(DC)"]) > 64
+    assert min(rank["full"] + rank["Dual LoRA"] + rank["random dW"]) > 64
+    end = load_file(sweep / "dual-0" / "adapter.safetensors")
+    paths = [name[:-2] for name in end if name.endswith(".D")]
+    for label, matrices in (
+            ("Dual: Sign(DC)", [sign_(end[f"{path}.D"] @ end[f"{path}.C"]) for path in paths]),
+            ("Dual: ReLU(BA)", [(end[f"{path}.B"] @ end[f"{path}.A"]).relu() for path in paths])):
+        ranks = [effective_rank(torch.linalg.svdvals(matrix.double())) for matrix in matrices]
+        assert figures["spectra"][label]["effective_rank"][0] == pytest.approx(
+            sum(ranks) / len(ranks), rel=1e-3)
 
 
 def test_dora_has_a_point_a_layer_and_snapshot(figures):
@@ -207,10 +225,15 @@ def test_signs_start_where_the_run_did(sweep, figures):
     start, last = found["flipped since the start"], found["flipped since the point before"]
     assert start["x"] == [0, 2, 4, 6] and start["mean"][0] == last["mean"][0] == 0
     assert start["mean"][1] == last["mean"][1] > 0
-    files = [load_file(path) for path in saved_at(read_run(sweep / "dual-0")).values()]
-    path = "layers.0.attn.q"
-    signs = [sign_(file[f"{path}.D"] @ file[f"{path}.C"]) for file in files]
-    assert not torch.equal(signs[0], signs[-1]) and math.isfinite(start["mean"][-1])
+    *_, before, end = [load_file(path) for path in saved_at(read_run(sweep / "dual-0")).values()]
+    paths = [name[:-2] for name in end if name.endswith(".D")]
+    changed = [((before[f"{path}.D"] @ before[f"{path}.C"] > 0)
+                != (end[f"{path}.D"] @ end[f"{path}.C"] > 0)).float().mean().item()
+               for path in paths]
+    off = [(end[f"{path}.B"] @ end[f"{path}.A"] <= 0).float().mean().item() for path in paths]
+    assert last["seeds"][0][-1] == pytest.approx(100 * sum(changed) / len(paths), abs=1e-2)
+    assert found["switched off by ReLU"]["seeds"][0][-1] == pytest.approx(
+        100 * sum(off) / len(paths), abs=1e-2)
 
 
 # ---- what the runs do not hold

@@ -124,7 +124,7 @@ def test_tuning_is_told_for_all_and_without_the_method_that_matters_most():
     alone = verdicts(HIGH, HIGH, HIGH, LOW)
     assert [row.verdict for row in alone] == ["seen", "not seen"]
     assert "0.700 to 0.000 (-0.700 ± 0.000)" in alone[0].here
-    assert "without Dual LoRA" in alone[1].here and "0.000 to 0.000" in alone[1].here
+    assert alone[1].claim.endswith(", Dual LoRA left out") and "0.000 to 0.000" in alone[1].here
     assert [row.verdict for row in verdicts(HIGH, HIGH, HIGH, HIGH)] == ["not seen"] * 2
 
 
