@@ -11,7 +11,8 @@ Any flag of train.py that is not varied is passed on to every run. Each run has 
 under --out. The sweep can be given again at any time, after kill -9 too: what is finished is
 skipped, what was stopped goes on. --list prints the commands instead of running them, one a line,
 for several processes or machines that share a folder; those of seeds that the search leaves out
-come once it is done.
+come once it is done. A run that is refused before it begins ends the sweep, with status 2; of one
+that fails later the line is told, the others go on, and the status is 1.
 
 A method's learning rate, for each rank and setting, is the best of --lrs on validation, on average
 over seeds; the test scores are only reported. Into --out go table.md, results.csv (a line a run),
@@ -204,28 +205,33 @@ class Runner:
         self.bar = tqdm(total=total, unit="run", smoothing=0)
 
     def perform(self, trials: list[Trial]) -> None:
-        """Those that are not finished. Ctrl-C and SIGTERM are passed on: each run saves, stops."""
+        """Those that are not finished. Ctrl-C and SIGTERM are passed on: each run saves, stops.
+
+        UserError: a run was refused before it began.
+        """
         todo = [t for t in trials if not finished(t.folder)]
         self.bar.initial += len(trials) - len(todo)     # no time was spent on these
         self.bar.update(len(trials) - len(todo))
         usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with ThreadPoolExecutor(self.jobs) as pool:
-                waiting = {pool.submit(self.execute, t): t for t in todo}
                 try:
+                    waiting = {pool.submit(self.execute, t): t for t in todo}
                     while waiting:
                         done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                         for future in done:
                             self.report(waiting.pop(future), future.result())
                         self.bar.refresh()
-                except KeyboardInterrupt:
+                except (KeyboardInterrupt, UserError):
                     self.stopping.set()
                     for child in list(self.children):
                         child.terminate()
                     pool.shutdown(cancel_futures=True)
                     self.bar.close()
-                    print("stopped; the same sweep goes on", file=sys.stderr)
-                    sys.exit(130)
+                    raise
+        except KeyboardInterrupt:
+            print("stopped; the same sweep goes on", file=sys.stderr)
+            sys.exit(130)
         finally:
             signal.signal(signal.SIGTERM, usual)
 
@@ -257,6 +263,8 @@ class Runner:
         if run is None:
             said = said or (log_of(trial).read_text(errors="replace").strip().splitlines()
                             or [""])[-1]
+            if status == 2 and not trial.folder.exists():
+                raise UserError(said.removeprefix("error: "))
             self.failed[trial.folder.name] = said
             tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
             return

@@ -255,6 +255,16 @@ def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys
     assert "no result from facts-lora-r8-lr0.02-s0: error: step 3: loss nan" in out
 
 
+def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--seeds", "0,1", "--model", "nowhere", *SHORT])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: nowhere: neither a folder")
+    assert "failed" not in err and "Traceback" not in err
+    assert [path.name for path in Path("runs/sweep").iterdir()] == ["logs"]
+
+
 def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch):
     line = "runs/sweep/facts-lora-r8-lr0.015-s0"
     flags = ["--method", "lora", "--rank", "8", "--lr", "0.015", "--seed", "0", *SHORT]
@@ -295,11 +305,11 @@ def test_a_request_to_stop_reaches_the_runs_and_ends_the_sweep_with_one_line(mon
             stopped.set()
 
         def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
             assert stopped.wait(20)
             return 130
 
     monkeypatch.setattr(subprocess, "Popen", Endless)
-    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora", *SHORT])
     assert stop.value.code == 130 and stopped.is_set()
