@@ -11,8 +11,8 @@ Any flag of train.py that is not varied is passed on to every run. Each run has 
 under --out. The sweep can be given again at any time, after kill -9 too: what is finished is
 skipped, what was stopped goes on. --list prints the commands instead of running them, one a line,
 for several processes or machines that share a folder; those of seeds that the search leaves out
-come once it is done. A run that is refused before it begins ends the sweep, with status 2; of one
-that fails later the line is told, the others go on, and the status is 1.
+come once it is done. What the first run refuses ends the sweep, with status 2; of a later one that
+fails the line is told, the others go on, and the status is 1.
 
 A method's learning rate, for each rank and setting, is the best of --lrs on validation, on average
 over seeds; the test scores are only reported. Into --out go table.md, results.csv (a line a run),
@@ -172,8 +172,8 @@ def typed(name: str, value: str) -> str:
 
 
 def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
-    """UserError: what train.py refuses before it loads model and data; a finished run with other
-    flags in the folder."""
+    """UserError: what train.py refuses before it loads model and data; a finished run in the
+    folder that has other flags, or is damaged."""
     own = {"method": setting.method, "rank": setting.rank, "lr": lr, "seed": seed}
     flags = [part for name, value in own.items() if value is not None
              for part in (f"--{name}", value)]
@@ -190,6 +190,7 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
     train.check(given)
     if finished(folder):
         saved_flags(given)
+        read_run(folder)
     train.resolve(given)
     return Trial(setting, lr, seed, folder, flags)
 
@@ -198,8 +199,9 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
 class Runner:
     """Runs trials, several at a time, each in a process of its own."""
 
-    def __init__(self, jobs: int, total: int):
-        self.jobs, self.stopping = jobs, threading.Event()
+    def __init__(self, jobs: int, total: int, metric: str | None):
+        self.jobs, self.metric, self.stopping = jobs, metric, threading.Event()
+        self.begun = False                              # a run has passed all that is refused
         self.children: set[subprocess.Popen] = set()
         self.failed: dict[str, str] = {}                # folder -> the last line that it printed
         self.bar = tqdm(total=total, unit="run", smoothing=0)
@@ -207,9 +209,10 @@ class Runner:
     def perform(self, trials: list[Trial]) -> None:
         """Those that are not finished. Ctrl-C and SIGTERM are passed on: each run saves, stops.
 
-        UserError: a run was refused before it began.
+        UserError: the first was refused before it began; the task has no such metric.
         """
         todo = [t for t in trials if not finished(t.folder)]
+        self.begun = self.begun or len(todo) < len(trials)
         self.bar.initial += len(trials) - len(todo)     # no time was spent on these
         self.bar.update(len(trials) - len(todo))
         usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -237,10 +240,16 @@ class Runner:
 
     def execute(self, trial: Trial) -> int:
         """-> the exit status. A run that another process has begun is waited for."""
-        while not self.stopping.is_set() and busy(trial.folder):
-            time.sleep(1)
-        if self.stopping.is_set() or finished(trial.folder):
-            return 0
+        while not (self.stopping.is_set() or finished(trial.folder)):
+            if busy(trial.folder):
+                time.sleep(1)
+                continue
+            status = self.child(trial)
+            if not busy(trial.folder):          # else another was quicker, and ours has ended
+                return status
+        return 0
+
+    def child(self, trial: Trial) -> int:
         cores = os.cpu_count() or 1
         environment = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
         with open(log_of(trial), "ab") as log:
@@ -255,6 +264,7 @@ class Runner:
 
     def report(self, trial: Trial, status: int) -> None:
         self.bar.update()
+        self.begun = self.begun or trial.folder.exists()
         run, said = None, ""
         try:
             run = read_run(trial.folder) if status == 0 else None
@@ -263,12 +273,12 @@ class Runner:
         if run is None:
             said = said or (log_of(trial).read_text(errors="replace").strip().splitlines()
                             or [""])[-1]
-            if status == 2 and not trial.folder.exists():
+            if status == 2 and not self.begun:
                 raise UserError(said.removeprefix("error: "))
             self.failed[trial.folder.name] = said
             tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
             return
-        name = main_metric(run.result)
+        name = metric_of({trial.setting: [run]}, self.metric)
         tqdm.write(f"{trial.folder.name}: {name} {run.result['valid'][name]:.4f} on validation, "
                    f"{run.result['after'][name]:.4f} on the test, {run.result['seconds']:.0f} s",
                    file=sys.stderr)
@@ -434,10 +444,11 @@ def write_results(path: Path, found: Found, best: Found) -> None:
         writer.writerows(rows)
 
 
-def saved_sweep(found: Found, best: Found) -> analyze.Sweep:
+def saved_sweep(found: Found, best: Found, metric: str | None = None) -> analyze.Sweep:
     """What the figures are drawn from: a method has one setting at a rank."""
     return analyze.Sweep([run for runs in found.values() for run in runs],
-                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()})
+                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
+                         metric_of(found, metric))
 
 
 def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
@@ -480,14 +491,11 @@ def main(argv: list[str] | None = None) -> None:
         return
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
     later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
-    runner = Runner(args.jobs, len(search) + later)
-    if args.metric:             # refused after one run, not after all
-        runner.perform(search[:1])
-        metric_of(collect(search[:1]), args.metric)
-    runner.perform(search[bool(args.metric):])
-    trials = search + rest_of(args, rest, search)
-    runner.perform(trials[len(search):])
-    runner.bar.close()
+    runner = Runner(args.jobs, len(search) + later, args.metric)
+    with runner.bar:
+        runner.perform(search)
+        trials = search + rest_of(args, rest, search)
+        runner.perform(trials[len(search):])
 
     found = collect(trials)
     if found:
@@ -500,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
-        figures = [] if args.vary else draw(saved_sweep(found, best), out)
+        figures = [] if args.vary else draw(saved_sweep(found, best, metric), out)
         print(f"{text}\n{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if runner.failed:
         sys.exit(1)

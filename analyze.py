@@ -54,10 +54,7 @@ class Sweep:
     """Runs that differ in method, rank, learning rate and seed alone."""
     runs: list[SavedRun]
     chosen: dict[tuple[str, int | None], list[SavedRun]]    # by method and rank: see chosen()
-
-    @property
-    def metric(self) -> str:
-        return main_metric(self.runs[0].result)
+    metric: str
 
     def score_on(self, split: str) -> str:
         """The name of an axis."""
@@ -118,7 +115,7 @@ def read_sweep(folder: str | Path) -> Sweep:
             raise UserError(f"{folder}: its runs of {method} at rank {rank} cannot be one line, "
                             f"they differ in {', '.join(map(flag, names))}")
         settings[key] = of_setting
-    return Sweep(runs, settings)
+    return Sweep(runs, settings, main_metric(runs[0].result))
 
 
 # ---- what a run has learnt
@@ -352,26 +349,30 @@ def losses_of(run: SavedRun) -> dict[int, float]:
 
 def draw_score(sweep: Sweep):
     """The main metric on the test split against the number of trainable parameters: the mean over
-    seeds with its 95 % t-interval. full is also a line across. The others are drawn up to 10 %
-    beside their numbers of parameters, since many are equal."""
+    seeds with its 95 % t-interval. full is also a line across. Numbers of parameters within 2 % of
+    one another are drawn side by side, 3 % apart."""
     rows = [{"method": method, "rank": rank, "lr": runs[0].args.lr,
              "trainable": runs[0].result["trainable"],
              "scores": [run.result["after"][sweep.metric] for run in runs]}
             for method in METHODS for rank in dict.fromkeys([*sweep.ranks, None])
             for runs in [sweep.chosen.get((method, rank))] if runs]
+
+    def place(row) -> float:
+        near = [other for other in rows if abs(other["trainable"] / row["trainable"] - 1) < 0.02]
+        return row["trainable"] * 1.03 ** (near.index(row) - (len(near) - 1) / 2)
+
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for row in rows:
         row["mean"], row["sd"], row["t_interval"] = spread(row["scores"])
-    for i, method in enumerate(methods):
+    for method in methods:
         line = [row for row in rows if row["method"] == method]
-        beside = 1.0 if method == "full" else 1.03 ** (i - len(methods) / 2)
-        axes.errorbar([row["trainable"] * beside for row in line], [row["mean"] for row in line],
+        axes.errorbar([place(row) for row in line], [row["mean"] for row in line],
                       [row["t_interval"] or 0 for row in line], capsize=3, label=LABELS[method],
                       **line_of(method))
         if method == "full":
             axes.axhline(line[0]["mean"], color=COLOURS["full"], linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="trainable parameters (as many: side by side)",
+    axes.set(xscale="log", xlabel="trainable parameters (nearly as many: side by side)",
              ylabel=sweep.score_on("test"))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -381,18 +382,21 @@ def draw_score(sweep: Sweep):
 
 
 def draw_rates(sweep: Sweep):
-    """The main metric on the validation split by learning rate, of all runs: the mean over seeds,
-    and a bar from the least to the greatest. Ringed: the rate that chosen() takes."""
-    found = defaultdict(lambda: defaultdict(list))
-    for run in sweep.runs:
+    """The main metric on the validation split by learning rate: of the seeds that every rate of the
+    method has at the rank (else of all), the mean, and a bar from the least to the greatest.
+    Ringed: the rate that chosen() takes. The JSON has every seed."""
+    found = defaultdict(lambda: defaultdict(dict))      # method, rank -> lr -> seed -> score
+    for run in sorted(sweep.runs, key=lambda run: (run.args.lr, run.args.seed)):
         value = run.result["valid"][sweep.metric]
-        found[run.args.method, run.args.rank][run.args.lr].append(value)
+        found[run.args.method, run.args.rank][run.args.lr][run.args.seed] = value
     if max(map(len, found.values())) < 2:
         raise Lacking("needs a method's runs with several learning rates")
     figure, panels = a_panel_each(sweep.ranks, sweep.score_on("validation"))
     for rank, axes in panels.items():
         for method, runs in sweep.at(rank).items():
-            rates, values = zip(*sorted(found[method, runs[0].args.rank].items()))
+            rates, scores = zip(*found[method, runs[0].args.rank].items())
+            shared = set.intersection(*map(set, scores))
+            values = [[of_rate[seed] for seed in shared or of_rate] for of_rate in scores]
             means = [fmean(of_rate) for of_rate in values]
             reach = [[mean - min(of_rate), max(of_rate) - mean]
                      for mean, of_rate in zip(means, values)]
@@ -405,9 +409,11 @@ def draw_rates(sweep: Sweep):
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
     legend(figure, panels.values())
-    return figure, [{"method": method, "rank": rank, "lr": lr, "scores": values,
+    return figure, [{"method": method, "rank": rank, "lr": lr, "seeds": list(of_rate),
+                     "scores": list(of_rate.values()),
                      "chosen": lr == sweep.chosen[method, rank][0].args.lr}
-                    for (method, rank), rates in found.items() for lr, values in rates.items()]
+                    for method in METHODS for rank in dict.fromkeys([*sweep.ranks, None])
+                    for lr, of_rate in found[method, rank].items()]
 
 
 def draw_spectra(sweep: Sweep):
@@ -443,7 +449,7 @@ def draw_spectra(sweep: Sweep):
             right.plot([min(means), max(means)], [y, y], color="0.5", linewidth=2)
             right.text(max(means) + k / 60, y, f"{fmean(means):.1f}", va="center", fontsize=8)
             numbers[label][rank_of.__name__] = means
-    left.set(xlabel="index", ylabel="singular value of dW, over the largest", yscale="log",
+    left.set(xlabel="index", ylabel="singular value, over the largest", yscale="log",
              ylim=(1e-3, 1.3))
     left.grid(alpha=0.3)
     legend(figure, [left])

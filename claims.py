@@ -55,8 +55,8 @@ ADAPTERS = ",".join(TUNED)
 SEARCH = "--search-seeds 0 --seeds 0,1,2"
 FACTS = f"--search-seeds 0 --eval-every 50 --snapshot-every 20 --out {RUNS}/facts"
 PARTS = {
-    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.5,x0.7,x1 {SEARCH} --one-at-a-time "
-                f"{' '.join(f'--vary {choice}' for choice in choices.split())} "
+    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.5,x0.7,x1 {SEARCH} "
+                f"--one-at-a-time {' '.join(f'--vary {choice}' for choice in choices.split())} "
                 f"--out {RUNS}/choices/{method}" for method, choices in CHOICES.items()],
     "facts": [
         *tuned(ADAPTERS, 8, f"--lrs x0.35,x0.5,x0.7,x1 --seeds 0,1,2,3,4 {FACTS}"),
@@ -74,12 +74,9 @@ PARTS = {
                  f"--out {RUNS}/defaults"]}
 
 
-class Unfinished(UserError):
-    """Not all runs of a part are there."""
-
-
 def read_part(part: str) -> tuple[Found, Found]:
-    """All runs of a part, and those with the chosen learning rates. Unfinished: one is missing."""
+    """All runs of a part, and those with the chosen learning rates. UserError: one is missing
+    or damaged."""
     found, best = {}, {}
     for line in PARTS[part]:
         args, rest = ablate.parse(shlex.split(line))
@@ -96,8 +93,7 @@ def read_part(part: str) -> tuple[Found, Found]:
 def require_finished(part: str, trials: list[ablate.Trial]) -> None:
     missing = [t.folder for t in trials if not finished(t.folder)]
     if missing:
-        raise Unfinished(f"{missing[0]}: no finished run ({part} lacks {len(missing)}); first: "
-                         f"python claims.py {part}")
+        raise UserError(f"{missing[0]}: no finished run; first: python claims.py {part}")
 
 
 # ---- what a claim comes to
@@ -313,9 +309,10 @@ def table_of(found: Found, best: Found) -> str:
             + "\n" + fill(note, 120) + "\n")
 
 
-def choices_of(best: Found) -> dict[str, str]:
+def choices_of(found: Found, best: Found) -> dict[str, str]:
     """The validation score of a method's settings, each with the best of its learning rates, the
-    best first; bold: beyond noise of the method as it is."""
+    best first; bold: beyond noise of the method as it is; ^: no higher rate was tried, v: no lower
+    one."""
     as_it_is = next(iter(best))
     scores = {setting: [run.result["valid"]["new"] for run in runs]
               for setting, runs in best.items()}
@@ -324,7 +321,9 @@ def choices_of(best: Found) -> dict[str, str]:
         flags = " ".join(ablate.typed(name, value) for name, value in setting.varied if value)
         score = ablate.plus_minus(best[setting], "new", split="valid")
         bold = "" if within_noise(scores[setting], scores[as_it_is]) else "**"
-        told.append(f"{f'`{flags}`' if flags else 'as it is'} {bold}{score}{bold}")
+        tried, lr = [run.args.lr for run in found[setting]], best[setting][0].args.lr
+        edge = "^" * (min(tried) < lr == max(tried)) + "v" * (max(tried) > lr == min(tried))
+        told.append(f"{f'`{flags}`' if flags else 'as it is'} {bold}{score}{bold}{edge}")
     return {"method": f"`{as_it_is.method}`", "validation `new`": "; ".join(told)}
 
 
@@ -373,7 +372,7 @@ def summarise(part: str) -> None:
 
 
 def write() -> None:
-    """Tables and figures of the parts that are finished; those of the others stay as they are.
+    """Tables and figures of the parts that are finished; of the others it is told what they lack.
     UserError: a page lacks a mark."""
     for name in PAGES:
         cut(name)
@@ -381,14 +380,14 @@ def write() -> None:
     for part in PARTS:
         try:
             parts[part] = read_part(part)
-        except Unfinished as error:
+        except UserError as error:
             print(error)
     tables = {}
     if "choices" in parts:
-        _, best = parts.pop("choices")
+        found, best = parts.pop("choices")
         tables["choices"] = ablate.markdown(
-            [choices_of({setting: runs for setting, runs in best.items()
-                         if setting.method == method}) for method in CHOICES])
+            [choices_of(found, {setting: runs for setting, runs in best.items()
+                                if setting.method == method}) for method in CHOICES])
     tables |= {part: table_of(*parts[part]) for part in PAGES if part in parts}
     sweeps = {part: ablate.saved_sweep(*of_part) for part, of_part in parts.items()}
     if "facts" in sweeps:

@@ -30,8 +30,10 @@ class SavedRun:
 
     @property
     def setting(self) -> tuple:
-        """All flags but learning rate and seed: what a comparison compares."""
-        return tuple(sorted((name, str(value)) for name, value in vars(self.args).items()
+        """All flags but learning rate and seed: what a comparison compares. Of the model its
+        weights, wherever they lie."""
+        flags = vars(self.args) | {"model": self.result["base"]}
+        return tuple(sorted((name, str(value)) for name, value in flags.items()
                             if name not in OF_ONE_RUN))
 
 

@@ -260,13 +260,13 @@ def read_config(folder: str | Path) -> dict:
         for name, kind in kinds.items():
             if not isinstance(config["args"][name], kind):
                 raise ValueError(f"{name} is {config['args'][name]!r}")
-        if config["args"]["method"] not in METHODS:
-            raise ValueError(f"method is {config['args']['method']!r}")
-        return config
     except FileNotFoundError:
         raise UserError(f"{folder}: not a run folder, it has no config.json") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
+    if config["args"]["method"] not in METHODS:
+        raise UserError(f"{path}: method {config['args']['method']}: not in methods.METHODS")
+    return config
 
 
 def read_flags(folder: str | Path) -> Namespace:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import threading
@@ -205,11 +206,13 @@ def test_a_loss_is_better_when_it_is_lower(processes, capsys, monkeypatch):
     assert dora["new"].startswith("**") and not lora["new"].startswith("**")
 
 
-def test_a_metric_that_the_task_has_not_is_told_after_one_run(processes, capsys):
+def test_a_metric_that_the_task_has_not_ends_the_sweep(processes, capsys):
     processes.score = lambda args: (0.5, 0.5)
-    with pytest.raises(SystemExit):
-        ablate.main(["--methods", "lora", "--metric", "loss", "--seeds", "0", *SHORT])
-    assert "--metric loss: the task has no such metric" in capsys.readouterr().err
+    for _ in range(2):                              # with runs to do, and with none
+        with pytest.raises(SystemExit) as stop:
+            ablate.main(["--methods", "lora", "--metric", "loss", "--lrs", "x1", *SHORT])
+        assert stop.value.code == 2
+        assert "--metric loss: the task has no such metric" in capsys.readouterr().err
     assert len(processes.ran) == 1
 
 
@@ -265,23 +268,64 @@ def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
     assert [path.name for path in Path("runs/sweep").iterdir()] == ["logs"]
 
 
-def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch):
-    line = "runs/sweep/facts-lora-r8-lr0.015-s0"
-    flags = ["--method", "lora", "--rank", "8", "--lr", "0.015", "--seed", "0", *SHORT]
-    Path(line).mkdir(parents=True)
-    asked = []
+def test_what_a_later_run_refuses_is_told_and_the_others_go_on(processes, monkeypatch, capsys):
+    class Refused(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            if self.args.method == "dora":
+                shutil.rmtree(self.args.out)
+                stdout.write(b"error: no such thing\n")
+                self.status = 2
 
-    def busy(folder):
-        asked.append(folder)
-        if len(asked) == 2:
-            Path(line).rmdir()
-            finish([*flags, "--out", line, "--resume"], 0.5, 0.5)
-        return len(asked) < 3
+    monkeypatch.setattr(subprocess, "Popen", Refused)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora,dash", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert [row["method"] for row in table_of(out)] == ["lora", "dash"]
+    assert "no result from facts-dora-r8-lr0.015-s0: error: no such thing" in out
 
+
+def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):
+    flags = ["--methods", "lora", "--lrs", "x0.5,x1", *SHORT]
+    ablate.main(flags)
+    Path("runs/sweep/facts-lora-r8-lr0.015-s0/result.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        ablate.main([*flags, "--seeds", "0,1"])
+    assert stop.value.code == 2 and len(processes.ran) == 2
+    assert "lr0.015-s0/result.json: not what a run" in capsys.readouterr().err
+
+
+def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
+    processes.score = lambda args: (0.9, 0.9)
+    ablate.main(["--methods", "lora", "--metric", "kept", "--lrs", "x0.5,x1", *SHORT])
+    for name, rows in (("score", 1), ("rates", 2)):
+        numbers = json.loads(Path(f"runs/sweep/{name}.json").read_text())
+        assert [row["scores"] for row in numbers] == [[0.5]] * rows
+    assert "kept 0.5000 on validation" in capsys.readouterr().err
+
+
+def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch, capsys):
+    folder = Path("runs/sweep/facts-lora-r8-lr0.015-s0")
+    folder.mkdir(parents=True)
+    looks = [True, False, True, True]       # after the second ours begins, and is told it is late
+
+    def busy(_):
+        if len(looks) == 1:
+            folder.rmdir()
+            finish(["--method", "lora", "--rank", "8", "--lr", "0.015", "--seed", "0", *SHORT,
+                    "--out", str(folder), "--resume"], 0.5, 0.5)
+        return looks.pop(0)
+
+    def late(_):
+        raise ZeroDivisionError
+
+    processes.score = late
     monkeypatch.setattr(ablate, "busy", busy)
     monkeypatch.setattr(ablate.time, "sleep", lambda _: None)
     ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    assert len(asked) == 3 and not processes.ran
+    assert not looks and len(processes.ran) == 1
+    assert "no result" not in capsys.readouterr().out
 
 
 def test_busy_is_a_folder_that_another_process_has_locked(tmp_path):

@@ -106,9 +106,12 @@ def test_shares_of_entries_by_hand():
     assert flipped(torch.tensor([1.0, 0, -1, 3]), torch.tensor([-1.0, -2, 5, 1])) == 0.5
 
 
-def fake_run(lr: float, seed: int, valid: float, metric: str = "new") -> SavedRun:
-    args = Namespace(method="lora", rank=2, lr=lr, seed=seed, snapshot_every=seed)
-    return SavedRun(Path(), args, {"after": {metric: 0}, "valid": {metric: valid}}, [])
+def fake_run(lr: float, seed: int, valid: float, metric: str = "new",
+             base: str = "") -> SavedRun:
+    args = Namespace(method="lora", rank=2, lr=lr, seed=seed, snapshot_every=seed,
+                     model=f"folder{seed}")
+    return SavedRun(Path(), args,
+                    {"after": {metric: 0}, "valid": {metric: valid}, "base": base}, [])
 
 
 @pytest.mark.parametrize("metric, best", [("new", 3e-3), ("loss", 1e-3)])
@@ -117,6 +120,11 @@ def test_the_best_rate_is_chosen_among_those_with_the_most_seeds(metric, best):
         (1e-3, 0, 0.5), (1e-3, 1, 0.1), (3e-3, 1, 0.3), (3e-3, 0, 0.4), (1e-2, 0, 0.9))]
     (found,) = chosen(runs).values()
     assert [(run.args.lr, run.args.seed) for run in found] == [(best, 0), (best, 1)]
+
+
+def test_a_model_is_its_weights_wherever_they_lie():
+    assert len(chosen([fake_run(1e-3, 0, 0.5), fake_run(1e-3, 1, 0.5)])) == 1
+    assert len(chosen([fake_run(1e-3, 0, 0.5), fake_run(1e-3, 0, 0.5, base="another")])) == 2
 
 
 def test_the_same_run_twice_is_not_two_seeds():

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from common import UserError
 from methods import METHODS
+from run import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +42,8 @@ def test_the_method_added_in_25_lines_trains_saves_and_merges(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["method"] == "vera" and result["trainable"] == 4 * (5 * 4 + 4 * 128 + 352)
+    with pytest.raises(UserError, match="method vera: not in methods.METHODS"):  # not here
+        read_config(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", METHODS)
