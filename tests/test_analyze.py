@@ -181,7 +181,16 @@ def test_score_and_rates_are_the_results_of_the_runs(sweep, figures):
     assert row["trainable"] == result["lora-0"]["trainable"]
     rates = {row["lr"]: row for row in figures["rates"] if row["method"] == "lora"}
     assert rates[1e-6]["scores"] == [result["lora-slow"]["valid"]["new"]]
-    assert [row["chosen"] for row in rates.values()] == [True, False]
+    assert {lr: row["chosen"] for lr, row in rates.items()} == {1e-6: False, 0.015: True}
+
+
+def test_rates_are_compared_on_the_seeds_that_all_of_them_have(sweep):
+    figure, rows = analyze.FIGURES["rates"](analyze.read_sweep(sweep))
+    line = next(drawn for axes in figure.axes for drawn in axes.containers
+                if drawn.get_label() == "LoRA")
+    slow, fast = [row for row in rows if row["method"] == "lora"]
+    assert slow["seeds"] == [0] and fast["seeds"] == [0, 1]
+    assert list(line[0].get_ydata()) == [slow["scores"][0], fast["scores"][0]]
 
 
 def test_ranks_of_the_updates_are_those_of_the_methods(sweep, figures):
