@@ -201,7 +201,7 @@ class Runner:
 
     def __init__(self, jobs: int, total: int, metric: str | None):
         self.jobs, self.metric, self.stopping = jobs, metric, threading.Event()
-        self.begun = False                              # a run has passed all that is refused
+        self.first: Trial | None = None         # if it is refused, all would be
         self.children: set[subprocess.Popen] = set()
         self.failed: dict[str, str] = {}                # folder -> the last line that it printed
         self.bar = tqdm(total=total, unit="run", smoothing=0)
@@ -212,7 +212,6 @@ class Runner:
         UserError: the first was refused before it began; the task has no such metric.
         """
         todo = [t for t in trials if not finished(t.folder)]
-        self.begun = self.begun or len(todo) < len(trials)
         self.bar.initial += len(trials) - len(todo)     # no time was spent on these
         self.bar.update(len(trials) - len(todo))
         usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -225,7 +224,7 @@ class Runner:
                         for future in done:
                             self.report(waiting.pop(future), future.result())
                         self.bar.refresh()
-                except (KeyboardInterrupt, UserError):
+                except BaseException:
                     self.stopping.set()
                     for child in list(self.children):
                         child.terminate()
@@ -245,7 +244,7 @@ class Runner:
                 time.sleep(1)
                 continue
             status = self.child(trial)
-            if not busy(trial.folder):          # else another was quicker, and ours has ended
+            if not (busy(trial.folder) or finished(trial.folder)):  # else another was quicker
                 return status
         return 0
 
@@ -264,7 +263,6 @@ class Runner:
 
     def report(self, trial: Trial, status: int) -> None:
         self.bar.update()
-        self.begun = self.begun or trial.folder.exists()
         run, said = None, ""
         try:
             run = read_run(trial.folder) if status == 0 else None
@@ -273,7 +271,7 @@ class Runner:
         if run is None:
             said = said or (log_of(trial).read_text(errors="replace").strip().splitlines()
                             or [""])[-1]
-            if status == 2 and not self.begun:
+            if status == 2 and trial is self.first and not trial.folder.exists():
                 raise UserError(said.removeprefix("error: "))
             self.failed[trial.folder.name] = said
             tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
@@ -493,6 +491,10 @@ def main(argv: list[str] | None = None) -> None:
     later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
     runner = Runner(args.jobs, len(search) + later, args.metric)
     with runner.bar:
+        if done := collect(search):
+            metric_of(done, args.metric)
+        else:
+            runner.first = search[0]
         runner.perform(search)
         trials = search + rest_of(args, rest, search)
         runner.perform(trials[len(search):])

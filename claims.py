@@ -75,9 +75,13 @@ PARTS = {
                  f"--out {RUNS}/defaults"]}
 
 
+class Unfinished(UserError):
+    """Not all runs of a part are there."""
+
+
 def read_part(part: str) -> tuple[Found, Found]:
-    """All runs of a part, and those with the chosen learning rates. UserError: one is missing
-    or damaged."""
+    """All runs of a part, and those with the chosen learning rates. Unfinished: one is missing.
+    UserError: one is damaged."""
     found, best = {}, {}
     for line in PARTS[part]:
         args, rest = ablate.parse(shlex.split(line))
@@ -94,7 +98,7 @@ def read_part(part: str) -> tuple[Found, Found]:
 def require_finished(part: str, trials: list[ablate.Trial]) -> None:
     missing = [t.folder for t in trials if not finished(t.folder)]
     if missing:
-        raise UserError(f"{missing[0]}: no finished run; first: python claims.py {part}")
+        raise Unfinished(f"{missing[0]}: no finished run; first: python claims.py {part}")
 
 
 # ---- what a claim comes to
@@ -374,14 +378,14 @@ def summarise(part: str) -> None:
 
 def write() -> None:
     """Tables and figures of the parts that are finished; of the others it is told what they lack.
-    UserError: a page lacks a mark."""
+    UserError: a run is damaged; a page lacks a mark."""
     for name in PAGES:
         cut(name)
     parts = {}
     for part in PARTS:
         try:
             parts[part] = read_part(part)
-        except UserError as error:
+        except Unfinished as error:
             print(error)
     tables = {}
     if "choices" in parts:
