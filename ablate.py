@@ -43,7 +43,7 @@ from methods import METHODS
 from plots import save_figure
 from results import (AVERAGE, LOWER_IS_BETTER, SavedRun, chosen, main_metric, read_run, spread,
                      within_noise)
-from run import finished, hardware, locked, saved_flags
+from run import finished, hardware, locked, saved_flags, visible
 
 VARIED = {"method": "methods", "rank": "ranks", "lr": "lrs", "seed": "seeds"}
 WHOLE = {"ranks": int, "seeds": int, "search_seeds": int}
@@ -110,6 +110,8 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     for seed in args.search_seeds:
         if seed not in args.seeds:
             raise UserError(f"--search-seeds {seed}: not one of --seeds")
+    if not args.out:
+        raise UserError("--out: is empty")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
     return args, rest
@@ -172,8 +174,8 @@ def typed(name: str, value: str) -> str:
 
 
 def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
-    """UserError: what train.py refuses before it loads model and data; a finished run in the
-    folder that has other flags, or is damaged."""
+    """UserError: what train.py refuses before it loads model and data; a run in the folder that
+    has other flags, or is finished and damaged."""
     own = {"method": setting.method, "rank": setting.rank, "lr": lr, "seed": seed}
     flags = [part for name, value in own.items() if value is not None
              for part in (f"--{name}", value)]
@@ -188,7 +190,7 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
     flags += [*rest, "--out", str(folder), "--resume"]
     given = train.parse(flags)
     train.check(given)
-    if finished(folder):
+    if visible(folder):
         saved_flags(given)
         read_run(folder)
     train.resolve(given)
@@ -201,7 +203,7 @@ class Runner:
 
     def __init__(self, jobs: int, total: int, metric: str | None):
         self.jobs, self.metric, self.stopping = jobs, metric, threading.Event()
-        self.first: Trial | None = None         # if it is refused, all would be
+        self.first: Trial | None = None         # until it has begun: what it is refused, all are
         self.children: set[subprocess.Popen] = set()
         self.failed: dict[str, str] = {}                # folder -> the last line that it printed
         self.bar = tqdm(total=total, unit="run", smoothing=0)
@@ -222,7 +224,7 @@ class Runner:
                     while waiting:
                         done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
                         for future in done:
-                            self.report(waiting.pop(future), future.result())
+                            self.report(waiting.pop(future), *future.result())
                         self.bar.refresh()
                 except BaseException:
                     self.stopping.set()
@@ -237,42 +239,49 @@ class Runner:
         finally:
             signal.signal(signal.SIGTERM, usual)
 
-    def execute(self, trial: Trial) -> int:
-        """-> the exit status. A run that another process has begun is waited for."""
+    def execute(self, trial: Trial) -> tuple[int, str]:
+        """-> the exit status, and the last line printed. Waits while another process is at work in
+        the folder, and until the first run has begun."""
         while not (self.stopping.is_set() or finished(trial.folder)):
-            if busy(trial.folder):
+            first = self.first
+            if busy(trial.folder) or first not in (None, trial) and not visible(first.folder):
                 time.sleep(1)
                 continue
-            status = self.child(trial)
+            status, said = self.child(trial)
             if not (busy(trial.folder) or finished(trial.folder)):  # else another was quicker
-                return status
-        return 0
+                return status, said
+        return 0, ""
 
-    def child(self, trial: Trial) -> int:
+    def child(self, trial: Trial) -> tuple[int, str]:
         cores = os.cpu_count() or 1
         environment = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
-        with open(log_of(trial), "ab") as log:
+        with open(log_of(trial), "a+b") as log:
+            begin = log.tell()
             child = subprocess.Popen([sys.executable, train.__file__, *trial.flags], stdout=log,
                                      stderr=log, env=environment, start_new_session=True)
             self.children.add(child)
             if self.stopping.is_set():          # since it was asked above
                 child.terminate()
             status = child.wait()
-        self.children.discard(child)
-        return status
+            self.children.discard(child)
+            log.seek(begin)
+            lines = log.read().decode(errors="replace").strip().splitlines()
+        if status < 0:
+            return status, f"ended by signal {-status}"
+        return status, lines[-1] if lines else f"exit status {status}"
 
-    def report(self, trial: Trial, status: int) -> None:
+    def report(self, trial: Trial, status: int, said: str) -> None:
         self.bar.update()
-        run, said = None, ""
+        run = None
         try:
             run = read_run(trial.folder) if status == 0 else None
         except UserError as error:
             said = str(error)
-        if run is None:
-            said = said or (log_of(trial).read_text(errors="replace").strip().splitlines()
-                            or [""])[-1]
-            if status == 2 and trial is self.first and not trial.folder.exists():
+        if trial is self.first:
+            if status == 2 and not visible(trial.folder):
                 raise UserError(said.removeprefix("error: "))
+            self.first = None
+        if run is None:
             self.failed[trial.folder.name] = said
             tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
             return
@@ -507,11 +516,12 @@ def main(argv: list[str] | None = None) -> None:
         command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if argv is None else argv)])
         table = markdown(rows_of(best, metric))
         text = f"    {command}\n\n{table}\n{notes(args, found, best, metric, runner.failed)}"
+        print(text)
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
         figures = [] if args.vary else draw(saved_sweep(found, best, metric), out)
-        print(f"{text}\n{out}: {', '.join(['table.md', 'results.csv', *figures])}")
+        print(f"{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if runner.failed:
         sys.exit(1)
 

@@ -209,10 +209,9 @@ def test_a_loss_is_better_when_it_is_lower(processes, capsys, monkeypatch):
 
 
 def test_a_metric_that_the_task_has_not_ends_the_sweep(processes, capsys):
-    processes.score = lambda args: (0.5, 0.5)
-    for _ in range(2):                              # with runs to do, and with none
+    for lrs in ("x1", "x1", "x1,x2"):               # once nothing, then one run is finished
         with pytest.raises(SystemExit) as stop:
-            ablate.main(["--methods", "lora", "--metric", "loss", "--lrs", "x1", *SHORT])
+            ablate.main(["--methods", "lora", "--metric", "loss", "--lrs", lrs, *SHORT])
         assert stop.value.code == 2
         assert "--metric loss: the task has no such metric" in capsys.readouterr().err
     assert len(processes.ran) == 1
@@ -250,39 +249,63 @@ def test_ties_are_marked_and_clear_differences_are_not(processes, capsys):
     assert full == "0.920 ± 0.020 [0.870, 0.970]"            # alone in its rank: nothing to mark
 
 
-def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys):
+@pytest.mark.parametrize("lrs", ["0.01,0.02", "0.02,0.01"])
+def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys, lrs):
     processes.score = lambda args: (0.5 if args.lr < 0.02 else 1 / 0, 0.5)
     with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora", "--lrs", "0.01,0.02", *SHORT])
+        ablate.main(["--methods", "lora", "--lrs", lrs, *SHORT])
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert table_of(out)[0]["lr"] == "0.01"
     assert "no result from facts-lora-r8-lr0.02-s0: error: step 3: loss nan" in out
 
 
-def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
+@pytest.mark.parametrize("status, said", [(-9, "ended by signal 9"), (3, "exit status 3")])
+def test_a_run_that_dies_without_a_word_is_told_by_its_status(processes, monkeypatch, capsys,
+                                                              status, said):
+    class Killed(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            Path(self.args.out, "result.json").unlink()
+            self.status = status
+
+    Path("runs/sweep/logs").mkdir(parents=True)
+    Path("runs/sweep/logs/facts-lora-r8-lr0.015-s0.txt").write_text("error: of another time\n")
+    monkeypatch.setattr(subprocess, "Popen", Killed)
     with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora,dora", "--seeds", "0,1", "--model", "nowhere", *SHORT])
+        ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1
+    assert f"lr0.015-s0: failed: {said}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys, jobs):
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--seeds", "0,1", "--model", "nowhere", "--jobs",
+                     jobs, *SHORT])
     assert stop.value.code == 2
     err = capsys.readouterr().err
     assert err.splitlines()[-1].startswith("error: nowhere: neither a folder")
+    assert err.count("nowhere: neither") == 1
     assert "failed" not in err and "Traceback" not in err
     assert [path.name for path in Path("runs/sweep").iterdir()] == ["logs"]
+
+
+class Refused(Process):
+    """As Process, but the runs of DoRA are refused before they begin."""
+    def __init__(self, command, stdout, **_):
+        super().__init__(command, stdout)
+        if self.args.method == "lora":
+            time.sleep(0.3)                     # reported last where all run at once
+        if self.args.method == "dora":
+            shutil.rmtree(self.args.out)
+            stdout.write(b"error: no such thing\n")
+            self.status = 2
 
 
 @pytest.mark.parametrize("jobs", ["1", "3"])
 def test_what_a_later_run_refuses_is_told_and_the_others_go_on(processes, monkeypatch, capsys,
                                                                jobs):
-    class Refused(Process):
-        def __init__(self, command, stdout, **_):
-            super().__init__(command, stdout)
-            if self.args.method == "lora":
-                time.sleep(0.3)                 # reported last where all run at once
-            if self.args.method == "dora":
-                shutil.rmtree(self.args.out)
-                stdout.write(b"error: no such thing\n")
-                self.status = 2
-
     monkeypatch.setattr(subprocess, "Popen", Refused)
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora,dash", "--lrs", "x1", "--jobs", jobs, *SHORT])
@@ -290,6 +313,63 @@ def test_what_a_later_run_refuses_is_told_and_the_others_go_on(processes, monkey
     out = capsys.readouterr().out
     assert [row["method"] for row in table_of(out)] == ["lora", "dash"]
     assert "no result from facts-dora-r8-lr0.015-s0: error: no such thing" in out
+
+
+def test_where_a_run_is_finished_what_the_first_refuses_is_its_own(processes, monkeypatch, capsys):
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    monkeypatch.setattr(subprocess, "Popen", Refused)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "dora,lora,dash", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1 and len(processes.ran) == 3
+    assert "lr0.015-s0: failed: error: no such thing\n" in capsys.readouterr().err
+
+
+def test_what_a_first_run_refuses_to_go_on_with_is_its_own(processes, monkeypatch, capsys):
+    class Damaged(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            if self.args.method == "lora":
+                Path(self.args.out, "result.json").unlink()
+                stdout.write(b"error: checkpoint.pt: damaged\n")
+                self.status = 2
+
+    monkeypatch.setattr(subprocess, "Popen", Damaged)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1 and len(processes.ran) == 2
+    assert "lr0.015-s0: failed: error: checkpoint.pt: damaged\n" in capsys.readouterr().err
+
+
+def test_a_stopped_run_with_other_flags_is_told_before_anything_runs(processes, capsys):
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    Path("runs/sweep/facts-lora-r8-lr0.015-s0/result.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "dora,lora", "--lrs", "x1", *SHORT, "--steps", "5"])
+    assert stop.value.code == 2 and len(processes.ran) == 1
+    assert "--steps 5: the run has 4" in capsys.readouterr().err
+
+
+def test_an_error_ends_the_runs_that_are_at_work(processes, monkeypatch, capsys):
+    begun, stopped = threading.Event(), threading.Event()
+
+    class Endless(Process):
+        def wait(self):
+            if self.args.method == "lora":
+                assert begun.wait(20)
+                return 0
+            begun.set()
+            assert stopped.wait(20)
+            return 130
+
+        def terminate(self):
+            stopped.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--metric", "loss", "--lrs", "x1", "--jobs", "2",
+                     *SHORT])
+    assert stop.value.code == 2 and stopped.is_set()
+    assert "--metric loss" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):

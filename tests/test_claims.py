@@ -258,6 +258,12 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
     assert note.startswith("Best at the lowest or highest rate tried: full, lora rank 2. Commit ")
     row = cut("choices")[1].splitlines()[2]
     assert row == "| `lora` | as it is 0.000; `--warmup=1` 0.000 |"
+    (page.parent / "runs/claims/defaults/facts-full-lr0.01-s0/result.json").write_text("{")
+    before = page.read_text()
+    with pytest.raises(SystemExit) as stop:
+        claims.main(["write"])
+    assert stop.value.code == 2 and page.read_text() == before
+    assert "lr0.01-s0/result.json: not what a run" in capsys.readouterr().err
 
 
 def test_choices_are_in_order_bold_beyond_the_noise_of_the_method_as_it_is_and_told_at_an_edge():
