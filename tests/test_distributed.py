@@ -16,7 +16,7 @@ from methods import METHODS
 from runs import result_of
 
 ROOT = Path(train.__file__).parent
-FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "60", "--eval-batch-size", "16",
+FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "30", "--eval-batch-size", "16",
          "--eval-every", "4", "--save-every", "4", "--seed", "3"]
 # All runs of this file in one start of three processes, since a start takes seconds.
 DRIVER = f"""

@@ -1,4 +1,5 @@
 import errno
+import functools
 import json
 import os
 import resource
@@ -36,6 +37,17 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """method -> the folder of its run with SHORT, made once for several tests: none writes there."""
+    @functools.cache
+    def folder_of(method: str) -> Path:
+        folder = tmp_path_factory.mktemp("plain") / "run"
+        train.main(["--method", method, "--out", str(folder), *SHORT])
+        return folder
+    return folder_of
+
+
 # ---- the loop's parts
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
@@ -66,8 +78,8 @@ def test_slices_are_contiguous_and_cover_the_batch():
 # ---- whole runs
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, capsys):
-    train.main(["--method", method, "--out", "run", *SHORT])
+def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, plain, capsys):
+    shutil.copytree(plain(method), "run")
     assert {path.name for path in Path("run").iterdir()} == {
         "config.json", "log.jsonl", "adapter.safetensors", "checkpoint.pt", "result.json"}
     result = result_of("run")
@@ -418,15 +430,13 @@ ADAPTERS = [method for method in METHODS if method != "full"]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, capsys):
-    for dtype in ("fp32", "bf16"):
-        train.main(["--method", method, "--dtype", dtype, "--out", dtype, *SHORT])
-    losses = [[json.loads(line)["loss"] for line in open(f"{dtype}/log.jsonl")]
-              for dtype in ("fp32", "bf16")]
+def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, plain, capsys):
+    train.main(["--method", method, "--dtype", "bf16", "--out", "run", *SHORT])
+    losses = [[json.loads(line)["loss"] for line in open(folder / "log.jsonl")]
+              for folder in (plain(method), Path("run"))]
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
-    saved = load_file("bf16/adapter.safetensors").values()
+    saved = load_file("run/adapter.safetensors").values()
     assert all(tensor.dtype == torch.float32 for tensor in saved)
-    os.rename("bf16", "run")
     assert_eval_repeats(capsys)
 
 
@@ -465,14 +475,14 @@ def test_checkpointing_keeps_less_for_backward(base):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_compiled_model_trains_the_same(method, monkeypatch):
+def test_a_compiled_model_trains_the_same(method, plain, monkeypatch):
     # The "eager" backend traces as the real one does, and needs no C++ compiler.
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module: real(module, backend="eager"))
-    for out, more in (("plain", []), ("compiled", ["--compile"])):
-        train.main(["--method", method, "--out", out, *more, *SHORT])
-    plain, compiled = (load_file(f"{out}/adapter.safetensors") for out in ("plain", "compiled"))
-    assert all(torch.allclose(plain[name], compiled[name], atol=1e-5) for name in plain)
+    train.main(["--method", method, "--compile", "--out", "run", *SHORT])
+    one, compiled = (load_file(folder / "adapter.safetensors")
+                     for folder in (plain(method), Path("run")))
+    assert all(torch.allclose(one[name], compiled[name], atol=1e-5) for name in one)
 
 
 def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
