@@ -39,7 +39,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """method -> the folder of its run with SHORT, made once for several tests: none writes there."""
+    """method -> the folder of its run with SHORT, made once for all tests: none writes there."""
     @functools.cache
     def folder_of(method: str) -> Path:
         folder = tmp_path_factory.mktemp("plain") / "run"
