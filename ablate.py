@@ -205,7 +205,7 @@ class Runner:
         self.jobs, self.metric, self.stopping = jobs, metric, threading.Event()
         self.first: Trial | None = None         # until it has begun: what it is refused, all are
         self.children: set[subprocess.Popen] = set()
-        self.failed: dict[str, str] = {}                # folder -> the last line that it printed
+        self.failed: dict[str, str] = {}                # folder -> why
         self.bar = tqdm(total=total, unit="run", smoothing=0)
 
     def perform(self, trials: list[Trial]) -> None:
@@ -397,7 +397,7 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
           failed: dict[str, str]) -> str:
     """What a reader must know of the table."""
     first = next(iter(best.values()))[0]
-    edge = at_edge(found, best)
+    edges = at_edge(found, best)
     versions = first.result["versions"]
     alike = {"steps": f"{first.args.steps} steps", "batch_size": f"{first.args.batch_size} a step",
              "loss_on": f"loss on {first.args.loss_on}"}
@@ -412,18 +412,24 @@ def notes(args: Namespace, found: Found, best: Found, metric: str,
         "seed decides nothing, and has neither",
         f"lr: of {', '.join(args.lrs)} (xN: N times the method's own) the best {metric} on "
         f"validation, on average over seeds {', '.join(args.search_seeds)}"]
-    if edge:
+    if edges:
         lines.append("the best lr is the highest or lowest one tried, so another may be better: "
-                     + ", ".join(edge))
+                     + ", ".join(edges))
     lines += [f"no result from {name}: {said}" for name, said in failed.items()]
     return "".join(f"- {line}\n" for line in lines)
 
 
 def at_edge(found: Found, best: Found) -> list[str]:
     """The settings whose best learning rate is the lowest or the highest of several."""
-    tried = {setting: {run.args.lr for run in runs} for setting, runs in found.items()}
-    return [named(setting) for setting, runs in best.items() if len(tried[setting]) > 1
-            and runs[0].args.lr in (min(tried[setting]), max(tried[setting]))]
+    return [named(setting) for setting, runs in best.items() if edge(found[setting], runs)]
+
+
+def edge(tried: list[SavedRun], best: list[SavedRun]) -> str:
+    """^: the best learning rate is the highest of several, v: the lowest."""
+    lrs, lr = {run.args.lr for run in tried}, best[0].args.lr
+    if len(lrs) == 1:
+        return ""
+    return "^" if lr == max(lrs) else "v" if lr == min(lrs) else ""
 
 
 def named(setting: Setting) -> str:

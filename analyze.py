@@ -67,6 +67,13 @@ class Sweep:
         return sorted({rank for _, rank in self.chosen if rank is not None}) or [None]
 
     @property
+    def in_order(self) -> list[tuple[str, int | None, list[SavedRun]]]:
+        """Method, rank and chosen runs, in the order of METHODS and of ranks."""
+        order = list(METHODS)
+        return sorted(((method, rank, runs) for (method, rank), runs in self.chosen.items()),
+                      key=lambda line: (order.index(line[0]), line[1] or 0))
+
+    @property
     def rank(self) -> int | None:
         """Of the figures that show one: the rank with the most runs; of several, the largest."""
         runs = Counter()
@@ -354,8 +361,7 @@ def draw_score(sweep: Sweep):
     rows = [{"method": method, "rank": rank, "lr": runs[0].args.lr,
              "trainable": runs[0].result["trainable"],
              "scores": [run.result["after"][sweep.metric] for run in runs]}
-            for method in METHODS for rank in dict.fromkeys([*sweep.ranks, None])
-            for runs in [sweep.chosen.get((method, rank))] if runs]
+            for method, rank, runs in sweep.in_order]
 
     def place(row) -> float:
         near = [other for other in rows if abs(other["trainable"] / row["trainable"] - 1) < 0.02]
@@ -410,9 +416,8 @@ def draw_rates(sweep: Sweep):
         axes.xaxis.set_minor_formatter("")
     legend(figure, panels.values())
     return figure, [{"method": method, "rank": rank, "lr": lr, "seeds": list(of_rate),
-                     "scores": list(of_rate.values()),
-                     "chosen": lr == sweep.chosen[method, rank][0].args.lr}
-                    for method in METHODS for rank in dict.fromkeys([*sweep.ranks, None])
+                     "scores": list(of_rate.values()), "chosen": lr == runs[0].args.lr}
+                    for method, rank, runs in sweep.in_order
                     for lr, of_rate in found[method, rank].items()]
 
 

@@ -326,9 +326,8 @@ def choices_of(found: Found, best: Found) -> dict[str, str]:
         flags = " ".join(ablate.typed(name, value) for name, value in setting.varied if value)
         score = ablate.plus_minus(best[setting], "new", split="valid")
         bold = "" if within_noise(scores[setting], scores[as_it_is]) else "**"
-        tried, lr = [run.args.lr for run in found[setting]], best[setting][0].args.lr
-        edge = "^" * (min(tried) < lr == max(tried)) + "v" * (max(tried) > lr == min(tried))
-        told.append(f"{f'`{flags}`' if flags else 'as it is'} {bold}{score}{bold}{edge}")
+        told.append(f"{f'`{flags}`' if flags else 'as it is'} {bold}{score}{bold}"
+                    + ablate.edge(found[setting], best[setting]))
     return {"method": f"`{as_it_is.method}`", "validation `new`": "; ".join(told)}
 
 
