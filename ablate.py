@@ -93,6 +93,7 @@ def parse(argv: list[str] | None) -> tuple[Namespace, list[str]]:
     for name, plural in VARIED.items():
         if getattr(given, name) is not None:
             raise UserError(f"--{name}: give --{plural}, comma-separated")
+    args.model = given.model or str(train.BASE)
     args.vary = [varied(text, given) for text in args.vary]
     for name, times in Counter(name for name, _ in args.vary).items():
         if times > 1:
@@ -156,12 +157,12 @@ def settings(args: Namespace) -> list[Setting]:
     return list(found)
 
 
-def rates(method: str, lrs: list[str]) -> list[str]:
-    """The learning rates with each xN made N times the method's own."""
-    found = {}
+def rates(method: str, model: str, lrs: list[str]) -> list[str]:
+    """The learning rates with each xN made N times the method's own on that model."""
+    own, found = train.default_lr(method, model), {}
     for lr in lrs:
         try:
-            rate = METHODS[method].lr * float(lr[1:]) if lr[0] == "x" else float(lr)
+            rate = own * float(lr[1:]) if lr[0] == "x" else float(lr)
             found[f"{rate:g}"] = None       # one name a rate: 0.01 and 1e-2 are the same run
         except ValueError:
             raise UserError(f"--lrs {lr}: neither a learning rate nor x and a number") from None
@@ -447,7 +448,7 @@ def write_results(path: Path, found: Found, best: Found) -> None:
                 "method": setting.method, "rank": setting.rank, **dict(setting.varied),
                 "lr": run.args.lr, "seed": run.args.seed, "chosen": int(run in best[setting]),
                 **{f"{split} {name}": value for split in ("before", "valid", "after")
-                   for name, value in result[split].items()},
+                   for name, value in (result[split] or {}).items()},
                 "trainable": result["trainable"], "seconds": result["seconds"],
                 "peak_memory_mb": result["peak_memory_mb"], "folder": run.folder.name})
     with atomic_write(path) as temporary, open(temporary, "w", newline="",
@@ -480,7 +481,8 @@ def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
 def search_of(args: Namespace, rest: list[str]) -> list[Trial]:
     """Every learning rate of every setting, with the search's seeds."""
     return [trial(setting, lr, seed, args, rest) for setting in settings(args)
-            for lr in rates(setting.method, args.lrs) for seed in args.search_seeds]
+            for lr in rates(setting.method, dict(setting.varied).get("model", args.model), args.lrs)
+            for seed in args.search_seeds]
 
 
 def rest_of(args: Namespace, rest: list[str], search: list[Trial]) -> list[Trial]:
@@ -522,11 +524,11 @@ def main(argv: list[str] | None = None) -> None:
         command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if argv is None else argv)])
         table = markdown(rows_of(best, metric))
         text = f"    {command}\n\n{table}\n{notes(args, found, best, metric, runner.failed)}"
-        print(text)
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
         figures = [] if args.vary else draw(saved_sweep(found, best, metric), out)
+        print(text)
         print(f"{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if runner.failed:
         sys.exit(1)

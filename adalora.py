@@ -55,9 +55,9 @@ class AdaLoRALinear(AdapterLinear):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
                  init_rank: int | None = None, t_init: float = 0.1, t_final: float = 0.3,
-                 delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, gamma: float = 0.1):
+                 delta_t: int = 1, beta1: float = 0.85, beta2: float = 0.85, gamma: float = 0.01):
         super().__init__(base, rank, alpha, dropout)
-        init_rank = round(1.5 * rank) if init_rank is None else init_rank
+        init_rank = int(1.5 * rank + 0.5) if init_rank is None else init_rank
         check_whole("init_rank", init_rank, rank, sum(base.weight.shape))
         check_whole("delta_t", delta_t, 1)
         for name, t in (("t_init", t_init), ("t_final", t_final)):

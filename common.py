@@ -1,4 +1,5 @@
-"""What every script shares: one-line user errors, and files that are never half written."""
+"""What every script shares: one-line user errors, output whose loss loses nothing, and files that
+are never half written."""
 import argparse
 import difflib
 import functools
@@ -34,15 +35,68 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
+def refuse_not_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises UserError, which names the tensor, if it holds NaN or infinity."""
+    if tensor.is_floating_point() and tensor.numel() and not all(
+            extreme.isfinite() for extreme in tensor.detach().aminmax()):     # NaN passes through
+        raise UserError(f"{name} holds NaN or infinity")
+
+
+class Output:
+    """A text stream that takes everything: what its reader, disk or alphabet refuses is dropped.
+
+    So that a closed pipe, a full disk or an odd locale behind `print` loses no result.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        with self.failing():
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with self.failing():
+            self.stream.flush()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:         # and what is still in its buffer must find a place at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextmanager
+def lenient_output() -> Iterator[None]:
+    """Inside, standard output and standard error are each an Output."""
+    streams = sys.stdout, sys.stderr
+    outputs = [stream and Output(stream) for stream in streams]     # None: closed from the start
+    sys.stdout, sys.stderr = outputs
+    try:
+        yield
+    finally:
+        for output in filter(None, outputs):
+            output.flush()
+        sys.stdout, sys.stderr = streams
+
+
 def exit_on_user_error(main: Callable) -> Callable:
     """Decorator for a script's main(): a UserError, a file that cannot be used and memory that does
-    not suffice end it with one line on stderr and status 2; Ctrl-C with one line and 130."""
+    not suffice end it with one line on stderr and status 2; Ctrl-C with one line and 130. What
+    cannot be printed is dropped, and the work goes on."""
     def end(line: str, status: int):
         if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
             print(" ".join(line.split()), file=sys.stderr)
         sys.exit(status)
 
     @functools.wraps(main)
+    @lenient_output()
     def wrapper(*args, **kwargs):
         try:
             return main(*args, **kwargs)
@@ -76,7 +130,19 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise UserError(f"{unknown[0]}: unknown flag"
                             + nearest(unknown[0], self._option_string_actions))
+        for name, value in vars(known).items():
+            if isinstance(value, str) and not is_utf8(value):
+                raise UserError(f"{flag(name)} {value!r}: not UTF-8")
         return known
+
+
+def is_utf8(text: str) -> bool:
+    """False for what Python makes of other bytes on the command line."""
+    try:
+        text.encode()
+        return True
+    except UnicodeEncodeError:
+        return False
 
 
 def default_device() -> str:
@@ -117,14 +183,18 @@ def writing(path: str | Path) -> Iterator[None]:
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; a clean exit flushes and renames it into place.
 
-    A crash, a full disk or an exception inside the block leaves an earlier `path` as it was.
+    A crash, a full disk or an exception inside the block leaves an earlier `path` as it was. The
+    file gets the user's usual permissions, which not every writer gives it.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            temporary.touch()
+            usual = temporary.stat().st_mode
             yield temporary
+            os.chmod(temporary, usual)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)

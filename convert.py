@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from common import Parser, UserError, atomic_write, exit_on_user_error
+from common import Parser, UserError, atomic_write, exit_on_user_error, refuse_not_finite
 from hf_files import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored, describe,
                       is_conv1d, parse_config, places, read_config, some)
 from methods import merge
@@ -60,6 +60,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
         for ours, part in zip(plan[full], whole.split(lengths)):
             owner, _, leaf = ours.rpartition(".")
             own = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
+            if own.dtype != part.dtype:
+                refuse_not_finite(own, f"{folder}: {ours}, as {dtype},")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(own))
         del whole, part                         # unmaps the file
     return model, tokenizer
@@ -147,6 +149,8 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
     if odd:
         raise UserError(f"{path}: the model has adapters, merge(model) before saving it; or it is "
                         f"no {config.model_type}: {some(odd)}")
+    for name, tensor in state.items():
+        refuse_not_finite(tensor, f"{path}: {name}")
     raw = describe(config, model.embed.weight.dtype)
     read_back = asdict(parse_config(raw))
     lost = [name for name, value in asdict(config).items() if read_back[name] != value]

@@ -16,7 +16,7 @@ LLAMA_70B = Config(vocab_size=32000, d_model=8192, n_layers=80, n_heads=64, n_kv
 
 
 def start_rank(r: int) -> int:
-    return round(1.5 * r)
+    return int(1.5 * r + 0.5)
 
 
 # ---- one layer

@@ -6,15 +6,14 @@ A (r1, in), B (out, r1): how far each weight moves. C (r2, in), D (out, r2): whi
 element by element; Sign(x) = +1 if x > 0, else -1. The idea: fine-tuning moves every weight by a
 size and a sign; one thin product for each gives an update of nearly full rank.
 The start (section 3.3): a zero matrix behind ReLU gets no gradient, ever, so all four are Gaussian
-and a factor `warmup` is 0 in the first step, which sees exactly the pretrained model.
+and a factor `warmup` is 0 in the first step, which sees exactly the pretrained model. Their size,
+which the paper leaves open, comes from W0: see `start_std`.
 """
 import math
-import weakref
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from common import UserError
 from lora import AdapterLinear, check_whole
@@ -121,24 +120,10 @@ class DualProduct(torch.autograd.Function):
         return dx, None, None, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None
 
 
-_cold = weakref.WeakKeyDictionary()   # layers used at warmup 0 -> whether an optimizer moved them
-
-
-def _refuse_a_second_cold_step(optimizer, args, kwargs):
-    """At warmup 0 every gradient is 0, so a loop that never calls on_step would train nothing.
-
-    torch's optimizers tell us of their steps; an update written by hand goes unseen.
-    """
-    params = {id(p) for group in optimizer.param_groups for p in group["params"]} if _cold else ()
-    for layer, stepped in list(_cold.items()):
-        if id(layer.A) in params and layer.warmup == 0:
-            if stepped:
-                raise UserError("Dual LoRA trained two steps with its warm-up at 0: call on_step "
-                                "after every optimizer.step(), or inject with update_warmup=0")
-            _cold[layer] = True
-
-
-register_optimizer_step_post_hook(_refuse_a_second_cold_step)
+def rms(W) -> float:
+    """The root of the mean square of a matrix's entries, summed in float32 or better."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return (torch.linalg.vector_norm(W, dtype=dtype) / math.sqrt(W.numel())).item()
 
 
 class DualLoRALinear(AdapterLinear):
@@ -150,18 +135,17 @@ class DualLoRALinear(AdapterLinear):
     where it binds, a loss scaled for fp16, or split in micro-batches, gives other gradients.
     Without `clip` the gradient passes Sign as it is. C and D have direction_lr times the learning
     rate of A and B.
-    What the paper leaves open was varied one at a time (RESULTS.md, Choices). Nothing tried was
-    better than these defaults beyond the noise of three seeds; r1 = 2 of rank 8 and init_std 0.12
-    were worse. update_warmup 5 ties with 20, direction_lr 0.3 with 0.1 and 1, whose middle it is,
-    r1 = r2 with r1 = 6. The clip never bound: without it the run is the same.
-    rank below 2, r1, r2, update_warmup, init_std or direction_lr out of range: UserError.
+    The four matrices start with a standard deviation such that ||dW|| / ||W0|| is `init_share`
+    once the warm-up is over; `init_std` is the explicit override, one number for all layers.
+    Raises UserError if rank is below 2, if r1, r2, update_warmup, init_share, init_std or
+    direction_lr is out of range, and if W0 is zero, which has no share, while init_std is None.
     """
     fast = ("B", "D")
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
                  r1: int | None = None, r2: int | None = None,
-                 update_warmup: int = 5, init_std: float = 0.06, clip: bool = True,
-                 direction_lr: float = 0.3):
+                 update_warmup: int = 5, init_share: float = 0.01,
+                 init_std: float | None = None, clip: bool = True, direction_lr: float = 0.3):
         super().__init__(base, rank, alpha, dropout)
         largest = min(base.in_features, base.out_features)
         check_whole("rank, shared by magnitude and direction,", rank, 2, largest)
@@ -170,21 +154,45 @@ class DualLoRALinear(AdapterLinear):
         check_whole("r1", r1, 1, largest)
         check_whole("r2", r2, 1, largest)
         check_whole("update_warmup", update_warmup, 0)
-        if not 0 < init_std < math.inf:
-            raise UserError(f"init_std must be above 0 and finite, not {init_std}")
-        if not 0 < direction_lr < math.inf:
-            raise UserError(f"direction_lr must be above 0 and finite, not {direction_lr}")
+        for name, value in (("init_share", init_share), ("init_std", init_std),
+                            ("direction_lr", direction_lr)):
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name} must be above 0 and finite, not {value}")
         self.r1, self.r2, self.scale = r1, r2, alpha / math.sqrt(r1 * r2)
-        self.update_warmup, self.init_std = update_warmup, init_std
+        self.update_warmup = update_warmup
+        self.init_share, self.init_std = init_share, init_std
         self.clip, self.direction_lr = clip, direction_lr
         self.limit = 1.0 if clip else math.inf
         self.A = nn.Parameter(self.empty(r1, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, r1))
         self.C = nn.Parameter(self.empty(r2, base.in_features))
         self.D = nn.Parameter(self.empty(base.out_features, r2))
-        for matrix in (self.A, self.B, self.C, self.D):
-            nn.init.normal_(matrix, std=init_std)
+        self.std = self.start_std()
+        if self.std is not None:
+            for matrix in (self.A, self.B, self.C, self.D):
+                nn.init.normal_(matrix, std=self.std)
         self.register_buffer("warmup", self.empty().fill_(float(update_warmup == 0)))
+        self.last_cold = None           # see refuse_a_second_cold_step
+
+    def start_std(self) -> float | None:
+        """The standard deviation of A, B, C and D at the start; None on torch's meta device.
+
+        An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its
+        square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
+        """
+        W0 = self.base.weight
+        if self.init_std is not None or W0.is_meta:
+            return self.init_std
+        size = rms(W0)
+        if not 0 < size < math.inf:
+            raise UserError(f"W0 has the size {size}, of which dW cannot start as a share: give "
+                            "init_std")
+        return math.sqrt(self.init_share * math.sqrt(2) * size / (self.scale * math.sqrt(self.r1)))
+
+    def start_share(self) -> float:
+        """||dW|| / ||W0|| to be expected of an untrained update whose warm-up is over."""
+        size = rms(self.base.weight)
+        return self.scale * math.sqrt(self.r1 / 2) * self.std ** 2 / size if size else math.inf
 
     def delta_weight(self):
         magnitude = torch.relu(self.B @ self.A)      # (out, in)
@@ -192,23 +200,37 @@ class DualLoRALinear(AdapterLinear):
         return self.warmup * self.scale * magnitude * direction
 
     def forward(self, x):
-        W0, bias = self.base.weight, self.base.bias
+        W0, bias, product = self.base.weight, self.base.bias, self.product
+        if torch.compiler.is_compiling():   # the blocks write in place, which it would have to undo
+            product = torch.compiler.disable(product)
         if self.training and self.dropout.p > 0:
             zero = W0.new_zeros(()).expand_as(W0)
-            return self.base(x) + self.product(self.dropout(x), zero, None)
-        return self.product(x, W0, bias)
+            return self.base(x) + product(self.dropout(x), zero, None)
+        return product(x, W0, bias)
 
-    @torch.compiler.disable   # the blocks write in place, which torch.compile would have to undo
     def product(self, x, W0, bias):
         """x (W0 + delta_weight())^T + bias: (..., in) -> (..., out)."""
         warmup, device = float(self.warmup), x.device.type
-        if warmup == 0:
-            _cold.setdefault(self, False)
+        if warmup == 0 and torch.is_grad_enabled():
+            self.refuse_a_second_cold_step()
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         y = DualProduct.apply(x.reshape(-1, x.shape[-1]), W0, bias, self.A, self.B, self.C, self.D,
                               warmup * self.scale, self.limit)
         return y.reshape(*x.shape[:-1], len(self.B))
+
+    def refuse_a_second_cold_step(self) -> None:
+        """At warm-up 0 every gradient is 0, so a loop that never calls on_step would train nothing.
+
+        Told at the next forward by the counters that torch keeps of changes in place: A has
+        changed, `warmup` has not. A fused optimizer does not count its changes, so it goes unseen.
+        Raises UserError then.
+        """
+        changes = id(self.A), self.A._version, self.warmup._version
+        last, self.last_cold = self.last_cold or changes, changes
+        if (last[0], last[2]) == (changes[0], changes[2]) and last[1] != changes[1]:
+            raise UserError("Dual LoRA took a step with its warm-up at 0: call on_step after every "
+                            "optimizer.step(), or inject with update_warmup=0")
 
     def rate(self, name: str) -> float:
         return self.direction_lr if name in ("C", "D") else 1.0
@@ -220,10 +242,12 @@ class DualLoRALinear(AdapterLinear):
             raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it needs "
                             "at least 2 steps, or update_warmup 0")
         length = warmup_length(total_steps, longest)
-        return f"the update warms up from 0 to 1 over {length} steps" if length else ""
+        share = max((layer.start_share() for layer in layers if layer.std is not None), default=0)
+        return (f"the update warms up from 0 to 1 over {length} steps; " * (length > 0)
+                + f"untrained it is at most {100 * share:.2g} % of a layer's weights"
+                + "; warning: above 20 % it damages what the model knows" * (share > 0.2))
 
     @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         for layer in layers:
             layer.warmup.fill_(warmup_after(step, total_steps, layer.update_warmup))
-            _cold.pop(layer, None)

@@ -18,11 +18,11 @@ import torch
 from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
                     flag, new_file)
 from convert import load_pretrained
-from data import OPTIONS, TASKS, load_task
-from data.task import Example, Scores, Task, evenly, opening
+from data import OPTIONS, TASKS, load_task, options_in
+from data.task import Example, Scores, Task, data_fingerprint, evenly, opening
 from distributed import rank, start
 from generate import generate
-from run import PRECISIONS, check_base, load_adapters, read_flags, weights_dtype
+from run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
 
 MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
 
@@ -108,7 +108,7 @@ def parse(argv: list[str] | None) -> Namespace:
     what.add_argument("--max-length", type=int,
                       help=f"with --model: tokens of an example ({MAX_LENGTH})")
     what.add_argument("--dtype", choices=PRECISIONS, help="with --model: of its weights (fp32)")
-    parser.set_defaults(method=None)
+    parser.set_defaults(method=None, seed=0)
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
     how.add_argument("--batch-size", type=int,
@@ -156,28 +156,30 @@ def main(argv: list[str] | None = None) -> None:
             load_adapters(args.run, model)
             print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
-    options = {name: getattr(run, name) for name in OPTIONS}
+    options = options_in(run)
     if args.beams is not None:
         options["beams"] = args.beams
     task = load_task(run.task, tokenizer, max_length, **options)
     if args.predictions is not None and not isinstance(task.test[0], Example):
         raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
+        tokens = [task.sequences(e, tokenizer, model) for e in task.test]
+        check_same(args.run, test_data=data_fingerprint(task.test, tokens))
         load_adapters(args.run, model)
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
     scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
     if rank() > 0:
         return
+    if args.predictions is not None:
+        with atomic_write(args.predictions) as path:
+            path.write_text("".join(json.dumps(row) + "\n" for row in scores.predictions),
+                            encoding="utf-8")
     items = len(scores.predictions) or min(len(task.test), max_eval or math.inf)
     print(f"{run.task}: {items} test items"
           + (f"; beams {options['beams']}" if options["beams"] else "")
           + (f"; trained with the loss on {run.loss_on}" if args.run else "")
           + (f"; missing: {task.notes['missing']}" if "missing" in task.notes else ""))
     print_scores(scores)
-    if args.predictions is not None:
-        with atomic_write(args.predictions) as path:
-            path.write_text("".join(json.dumps(row) + "\n" for row in scores.predictions),
-                            encoding="utf-8")
 
 
 if __name__ == "__main__":

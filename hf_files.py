@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from common import UserError
+from common import UserError, refuse_not_finite
 from model import Config
 
 # ---- 1. tables. {} is the layer's number; each name has a .weight, and a .bias where it is used
@@ -295,6 +295,12 @@ class Stored:
     kept: Tensor | None = None          # for a file that cannot be mapped
 
     def read(self) -> Tensor:
+        """Raises UserError, which names the tensor, if it holds NaN or infinity."""
+        tensor = self.values()
+        refuse_not_finite(tensor, f"{self.path}: {self.name}")
+        return tensor
+
+    def values(self) -> Tensor:
         if self.kept is not None:
             return self.kept
         if self.path.suffix != ".safetensors":

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adalora import AdaLoRALinear
-from common import UserError, atomic_write
+from common import UserError, atomic_write, refuse_not_finite
 from dora import DoRALinear
 from dual_lora import DualLoRALinear
 from lora import AdapterLinear, LoRALinear
@@ -29,7 +29,9 @@ from lora_dash import LoRADashLinear
 @dataclass(frozen=True)
 class Method:
     layer: type[AdapterLinear] | None   # None: no adapters, every weight of the model trains
-    lr: float                           # default learning rate
+    lr: float                           # default learning rate on the models that ship
+    large_lr: float | None = None       # and on other models; None: the same
+    large_lr_from: str = "ours"         # who recommends that one
     lr_ratio: float = 1.0               # the `fast` parameters get this many times it
 
     @property
@@ -40,14 +42,20 @@ class Method:
 
 
 METHODS = {
-    "full": Method(None, lr=2e-3),
-    "lora": Method(LoRALinear, lr=1.5e-2),
-    "lora+": Method(LoRALinear, lr=3e-3, lr_ratio=16.0),
-    "dora": Method(DoRALinear, lr=1.5e-2),
-    "adalora": Method(AdaLoRALinear, lr=2e-2),
-    "dash": Method(LoRADashLinear, lr=1e-2),
-    "dual": Method(DualLoRALinear, lr=1.4e-2),
+    "full": Method(None, 1e-3, 2e-5),
+    "lora": Method(LoRALinear, 1.05e-2, 2e-4, "the paper's"),
+    "lora+": Method(LoRALinear, 3e-3, 5e-5, lr_ratio=16.0),
+    "dora": Method(DoRALinear, 1.5e-2, 2e-4, "the paper's"),
+    "adalora": Method(AdaLoRALinear, 2e-2, 1e-3),
+    "dash": Method(LoRADashLinear, 1e-2, 2e-4, "the paper's"),
+    "dual": Method(DualLoRALinear, 1.4e-2, 2e-3),
 }
+
+
+def is_listed(method: str) -> bool:
+    """The method stands in this file, and was not added to METHODS by a file of one's own."""
+    layer = METHODS[method].layer
+    return layer is None or globals().get(layer.__name__) is layer
 
 
 def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int = 8,
@@ -77,8 +85,12 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int
             raise UserError(f"rank_pattern, alpha_pattern: {min(strange)} is no adapted layer")
         if ranks and None in own.values():
             raise UserError(f"rank_pattern: {method} derives more than one size from its rank")
-        new = {base: layer(base, ranks.get(path, rank), alphas.get(path, alpha), dropout,
-                           **own).train(base.training) for base, path in found.items()}
+        for base, path in found.items():
+            try:
+                made = layer(base, ranks.get(path, rank), alphas.get(path, alpha), dropout, **own)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            new[base] = made.train(base.training)
         config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout)
         config |= dict(rank_pattern=ranks) if ranks else {}
         config |= dict(alpha_pattern=alphas) if alphas else {}
@@ -127,10 +139,15 @@ def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Makes every adapter layer a plain nn.Linear of its W', rounded once to the base's dtype."""
+    """Makes every adapter layer a plain nn.Linear of its W', rounded once to the base's dtype.
+
+    Raises UserError, which names the layer, if a W' is not finite, as where float16 overflows; the
+    model is as it was then.
+    """
     new = {}
-    for layer in adapters(model).values():
+    for path, layer in adapters(model).items():
         W = layer.merged_weight().to(layer.base.weight.dtype)
+        refuse_not_finite(W, f"{path}: the merged weight, as {W.dtype},")
         new[layer] = linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), layer.base.bias
         linear.__dict__["kept_adapter"] = layer   # past nn.Module: not a part of the state dict
@@ -183,6 +200,8 @@ def save(model: nn.Module, path: str | Path) -> None:
     if "injected" not in model.__dict__:
         raise UserError(f"{path}: nothing to save: inject the model first")
     tensors = {name: tensor.contiguous() for name, tensor in state(model).items()}
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, f"{path}: {name}")
     with atomic_write(path) as temporary:
         save_file(tensors, temporary, {"adapter": json.dumps(model.injected, sort_keys=True)})
 
@@ -207,7 +226,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
             for name, tensor in own.items():
-                tensor.copy_(file.get_tensor(name))
+                value = file.get_tensor(name)
+                refuse_not_finite(value, name)
+                tensor.copy_(value)
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})
         model.__dict__.pop("injected", None)

@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, atomic_write
+from common import UserError, atomic_write, refuse_not_finite
 from hf_files import FAMILIES, places, read_json, some, stored_in
 from methods import adapters, inject
 
@@ -95,6 +95,8 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         if update.magnitude is not None:
             tensors[f"{name}.lora_magnitude_vector"] = update.magnitude
     folder = Path(folder)
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, f"{folder}: {name}")
     with atomic_write(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, {"format": "pt"})
     with atomic_write(folder / "adapter_config.json") as path:

@@ -46,9 +46,9 @@ def read_run(folder: str | Path) -> SavedRun | None:
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        check(result, before=dict, after=dict, valid=dict, counts=dict, trainable=int,
+        check(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict, trainable=int,
               seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
-        check(result["valid"], loss=Number, **{name: Number for name in result["after"]})
+        check(result["valid"], **{name: Number for name in ["loss", *result["after"]]})
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for line in log:

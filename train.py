@@ -8,7 +8,6 @@
     torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in run.py.
 """
-import hashlib
 import math
 import os
 import shlex
@@ -26,17 +25,19 @@ from tqdm import tqdm
 
 from common import (Parser, UserError, default_device, device, exit_on_user_error, flag, nearest,
                     out_of_memory)
-from data import OPTIONS, TASKS, load_task, options_of
-from data.task import Example, collate, encode_all, score_targets, target_loss
+from data import OPTIONS, TASKS, load_task, options_in, options_of
+from data.task import (Example, collate, data_fingerprint, encode_all, score_targets,
+                       target_loss)
 from distributed import everyones, meeting, parallel, rank, start, summed, world
 from eval import BATCH_SIZE, MAX_LENGTH, open_model, sample, score
 from lora import AdapterLinear
-from methods import METHODS, adapters, inject, param_groups, save, state
+from methods import METHODS, adapters, inject, is_listed, param_groups, save, state
 from peft_files import import_peft, peft_method, read_peft_config
 from run import (BEFORE, FILES, NEWEST, PRECISIONS, ROOT, Run, check_same, fingerprint,
                  peak_memory_mb, read_config, resumed, stop_requests, versions, visible,
                  weights_dtype)
 
+BASE = ROOT / "data" / "base"
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
 HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
          for method in METHODS.values() for name, default in method.hyper.items()}
@@ -54,7 +55,8 @@ HELP = defaultdict(str, {
     "r1": "rank of the magnitude B A",
     "r2": "rank of the direction D C",
     "update_warmup": "steps over which the update grows from 0 to its full size",
-    "init_std": "standard deviation of the four matrices at the start",
+    "init_share": "size of the untrained update over W0's, once warmed up",
+    "init_std": "standard deviation of the four matrices at the start, instead",
     "clip": "clip the gradient through Sign at 1",
     "direction_lr": "learning rate of C and D over that of A and B",
 })
@@ -81,11 +83,14 @@ def parse(argv: list[str] | None) -> Namespace:
                                                         "that of the rest (1; lora+ 16)")
     for name, (users, default) in HYPER.items():
         kind = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
-                dict(type=int if default is None else type(default)))
+                dict(type=float if name == "init_std" else int if default is None else
+                     type(default)))
         shown = {None: "from --rank", False: "no", True: "yes"}.get(default, default)
+        shown = "from --init-share" if name == "init_std" else shown
         adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)}: {HELP[name]} ({shown})")
     loop = parser.add_argument_group("loop")
-    loop.add_argument("--lr", type=float, help="peak learning rate (per method)")
+    loop.add_argument("--lr", type=float, help="peak learning rate (per method: one for the "
+                                               "models that ship, another for larger ones)")
     loop.add_argument("--weight-decay", type=float, help="AdamW's (0)")
     loop.add_argument("--warmup", type=int, help="steps of linear warm-up (6 %% of the run)")
     loop.add_argument("--steps", type=int, help="optimizer steps (per task)")
@@ -101,10 +106,13 @@ def parse(argv: list[str] | None) -> Namespace:
                       help="torch.compile; needs a C++ compiler")
     loop.add_argument("--max-length", type=int, help=f"tokens of an example ({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
-    loop.add_argument("--seed", type=int, help="of the adapters, the data order, dropout (0)")
+    loop.add_argument("--seed", type=int,
+                      help="of the adapters, the data order, dropout, the facts rewritten (0)")
     loop.add_argument("--device", type=device, help="cpu, cuda, cuda:1 (a GPU if there is one)")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=int, help="steps between validations (a quarter)")
+    run.add_argument("--skip-before", action=BooleanOptionalAction,
+                     help="do not score the model before training")
     run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
     run.add_argument("--eval-batch-size", type=int, help="texts, or beams of them, scored at once: "
                                                          f"speed and memory only ({BATCH_SIZE})")
@@ -157,7 +165,7 @@ def check(args: Namespace) -> None:
     if args.out is not None and Path(args.out).exists():
         if not Path(args.out).is_dir():
             raise UserError(f"--out {args.out}: a file stands there")
-        if not args.overwrite and not args.resume:
+        if visible(args.out) and not args.overwrite and not args.resume:
             raise UserError(f"--out {args.out} exists; --overwrite replaces it, --resume goes on")
         if args.overwrite and any(Path(args.out, name).exists()
                                   for name in ("config.json", *FILES)):
@@ -184,12 +192,21 @@ def fill(args: Namespace, defaults: dict) -> None:
             setattr(args, name, value)
 
 
+def ships(model: str) -> bool:
+    """It is the model of this repository, which each method's `lr` is for."""
+    return Path(model).resolve() == BASE
+
+
+def default_lr(method: str, model: str) -> float:
+    return (not ships(model) and METHODS[method].large_lr) or METHODS[method].lr
+
+
 def resolve(args: Namespace) -> None:
     """Fills in all that depends on neither the model nor the task."""
     method = METHODS[args.method]
-    fill(args, {"model": str(ROOT / "data" / "base"), "task": "facts",
-                "lr": method.lr, "weight_decay": 0.0, "grad_accum": 1,
-                "seed": 0, "save_every": 100, "eval_batch_size": BATCH_SIZE, "dtype": "fp32",
+    fill(args, {"model": str(BASE), "task": "facts"})
+    fill(args, {"lr": default_lr(args.method, args.model), "weight_decay": 0.0, "grad_accum": 1,
+                "seed": 0, "skip_before": False, "save_every": 100, "eval_batch_size": BATCH_SIZE, "dtype": "fp32",
                 "grad_checkpointing": False, "compile": False, "device": default_device()})
     if method.layer is not None:
         fill(args, method.hyper | ({"lr_ratio": method.lr_ratio} if method.layer.fast else {}))
@@ -313,9 +330,8 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
                 extra = extra.detach()
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0).item()
             loss, stopping = summed([loss, asked_to_stop()], args.device)
-            if not math.isfinite(loss + norm):
-                bar.close()
-                stop_not_finite(step, loss, float(extra), norm, run)
+            stop_unless_finite({"loss": loss, "extra loss": float(extra), "gradient norm": norm},
+                               f"step {step}", step, run, bar)
             optimizer.step()
             method.on_step(layers, step, args.steps)
             optimizer.zero_grad()
@@ -324,26 +340,45 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
             line = {"step": step, "loss": loss, "lr": args.lr * factor, "grad_norm": norm}
             if torch.is_tensor(extra):
                 line["extra_loss"] = extra.item()
-            if (step + 1) % args.eval_every == 0 and step + 1 < args.steps:
+            done = step + 1
+            validates = done % args.eval_every == 0 and done < args.steps
+            snapshots = args.snapshot_every and done % args.snapshot_every == 0
+            saves = done % args.save_every == 0 or done == args.steps or stopping
+            if validates or snapshots or saves:
+                stop_unless_finite(largest(model), f"step {step}", done, run, bar)
+            if validates:
                 line["valid"] = validate()
+                stop_unless_finite(line["valid"], f"step {step}", done, run, bar)
             run.log(line)
-            if args.snapshot_every and (step + 1) % args.snapshot_every == 0:
-                run.snapshot(model, step + 1)
-            if (step + 1) % args.save_every == 0 or step + 1 == args.steps or stopping:
-                run.checkpoint(model, optimizer, step + 1)
+            if snapshots:
+                run.snapshot(model, done)
+            if saves:
+                run.checkpoint(model, optimizer, done)
             if stopping:
                 bar.close()
                 raise KeyboardInterrupt
 
 
-def stop_not_finite(step: int, loss: float, extra: float, norm: float, run: Run) -> None:
-    """Ends the run whose loss or gradient is not finite, before it spoils the weights. A checkpoint
-    of these very weights is none to go on from."""
+def largest(model) -> dict[str, float]:
+    """The largest absolute value of each tensor that trains; NaN where it holds one."""
+    return {name: tensor.abs().max().item() for name, tensor in state(model).items()
+            if tensor.is_floating_point()}
+
+
+def stop_unless_finite(numbers: dict[str, float], when: str, done: int, run: Run,
+                       bar=None) -> None:
+    """Ends the run with status 1 if a number is not finite. They come from the weights after `done`
+    steps, so a checkpoint of these is not one to go on from."""
+    bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+    if not bad:
+        return
+    if bar is not None:
+        bar.close()
     if rank() == 0:
-        good = run.folder / (BEFORE if run.newest == step else NEWEST)
+        good = run.folder / (BEFORE if run.newest == done else NEWEST)
         own = run.replacing is None                     # else what is there is the older run's
-        print(f"error: step {step}: loss {loss}, extra loss {extra}, gradient norm {norm}; a lower "
-              "--lr may help; "
+        said = ", ".join(f"{name} {value}" for name, value in list(bad.items())[:3])
+        print(f"error: {when}: {said}; " + "a lower --lr may help; " * (done > 0)
               + (f"the last good state is {good}" if own and good.exists() else
                  "no good state was saved"),
               file=sys.stderr)
@@ -380,7 +415,8 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> dict[str
         own = model.injected
         print(f"{len(adapters(model))} layers adapted: {args.targets or ','.join(own['targets'])}; "
               f"rank {own['rank']}, alpha {own['alpha']:g}, dropout {own['dropout']:g}"
-              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper)
+              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper
+                        if getattr(args, name) is not None)
               + (f", lr_ratio {args.lr_ratio:g}" if METHODS[args.method].layer.fast else ""))
     if plan:
         print(plan)
@@ -392,7 +428,9 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> dict[str
     for name in ("trained_on", "missing"):
         if name in task.notes:
             print(f"{name}: {task.notes[name]}")
-    print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}, "
+    large = not ships(args.model) and args.lr == METHODS[args.method].large_lr
+    whose = f" ({METHODS[args.method].large_lr_from} for large models)" if large else ""
+    print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}{whose}, "
           f"warm-up {args.warmup}, seed {args.seed}, {args.dtype}, {args.device}"
           + (f", {world()} processes" if world() > 1 else ""))
     return counts
@@ -401,8 +439,8 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> dict[str
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    if args.out == "":
-        raise UserError("--out: is empty")
+    if args.out is not None and (not args.out or args.out.startswith("-")):
+        raise UserError(f"--out {args.out}: must not be empty or begin with -")
     if args.resume and (args.out is None or args.overwrite):
         raise UserError("--resume needs --out FOLDER, the run to go on with, and no --overwrite")
     asked = args.method is not None or args.from_peft is not None
@@ -413,7 +451,8 @@ def main(argv: list[str] | None = None) -> None:
         check(args)
         args.resume = False
         resolve(args)
-        args.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+        args.command = shlex.join(["python", script(argv), *(sys.argv[1:] if argv is None else
+                                                             argv)])
     start(args.device)
     everyones(None)             # all have seen that --out is free, before the first makes it
     run = Run()
@@ -422,13 +461,18 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         if rank() == 0:
             launcher = "python" if world() == 1 else f"torchrun --nproc-per-node {world()}"
-            print("stopped; " + (f"{launcher} train.py --resume --out {shlex.quote(args.out)} goes "
+            print("stopped; " + (f"{launcher} {script(argv)} --resume --out {shlex.quote(args.out)} goes "
                                  "on" if run.begun else "the run had not begun"), file=sys.stderr)
         sys.exit(130)
     except RuntimeError as error:
         raise explained(error)
     finally:
         run.release()
+
+
+def script(argv: list[str] | None) -> str:
+    """What was started: train.py, or a file of one's own that adds a method to METHODS."""
+    return "train.py" if argv is not None else os.path.relpath(sys.argv[0])
 
 
 def explained(error: RuntimeError) -> Exception:
@@ -446,7 +490,7 @@ def explained(error: RuntimeError) -> Exception:
 
 
 def adapt(model, args: Namespace) -> None:
-    """Puts the adapters in; fills in what a None among the method's own flags comes to."""
+    """Puts the adapters in; fills in what r1, r2 and init_rank come to."""
     method = METHODS[args.method]
     hyper = {name: getattr(args, name) for name in method.hyper}
     if args.from_peft is not None:
@@ -463,30 +507,30 @@ def train(args: Namespace, run: Run) -> None:
     began = time.time()
     dtype = weights_dtype(args.dtype, args.method)
     model, tokenizer, args.max_length = open_model(args.model, args.device, args.max_length, dtype)
-    task = load_task(args.task, tokenizer, args.max_length,
-                     **{name: getattr(args, name) for name in OPTIONS})
-    resolve_task(args, task)
-    sequences, unseen = (encode_all(split, tokenizer, model, args.max_length, loss_on=args.loss_on)
-                         for split in (task.train, sample(task.valid, args.max_eval)))
-    held_out = [task.sequences(e, tokenizer, model) for e in task.valid + task.test]
-    cut = {"train": sum(s.cut for s in sequences),
-           "held out": sum(any(s.cut for s in of_example) for of_example in held_out)}
-    began_with = {"base": fingerprint(model.state_dict(), dtype), "processes": world(),
-                  "data": hashlib.sha256(repr(sequences).encode()).hexdigest()}
+    began_with = {"base": fingerprint(model.state_dict(), dtype), "processes": world()}
     torch.manual_seed(args.seed)
-    adapt(model, args)
+    adapt(model, args)                          # first what may be refused, then what takes minutes
     began_with["adapters"] = [model.injected, fingerprint(state(model), torch.float32)]
     if rank() > 0:                              # the adapters are the same, their dropout is not
         torch.manual_seed(args.seed + rank() * 2 ** 32)
     model.checkpointing = args.grad_checkpointing
     kind, layers = contract(model)
+    task = load_task(args.task, tokenizer, args.max_length, **options_in(args))
+    resolve_task(args, task)
     plan = kind.plan(layers, args.steps)
+    sequences, unseen = (encode_all(split, tokenizer, model, args.max_length, loss_on=args.loss_on)
+                         for split in (task.train, sample(task.valid, args.max_eval)))
+    held_out = {split: [task.sequences(e, tokenizer, model) for e in getattr(task, split)]
+                for split in ("valid", "test")}
+    cut = {"train": sum(s.cut for s in sequences),
+           "held out": sum(any(s.cut for s in of_example) for of_split in held_out.values()
+                           for of_example in of_split)}
+    for split, tokens in {"train": sequences, **held_out}.items():
+        began_with[f"{split}_data"] = data_fingerprint(getattr(task, split), tokens)
 
     run.claim(args)
     if args.resume:
         check_same(args.out, **began_with)
-    else:
-        run.begin({"args": vars(args), "versions": versions(), **began_with}, args.overwrite)
     counts = print_header(args, model, task, plan, cut)
 
     def scores(split: str):
@@ -498,24 +542,35 @@ def train(args: Namespace, run: Run) -> None:
         loss = sum(s.loss for s in found) / sum(s.tokens for s in found)
         return {"loss": loss} | scores("valid").values
 
-    before = scores("test")
+    if args.resume:
+        before = read_config(args.out)["before"]
+    else:
+        before = None if args.skip_before else scores("test").values
+        stop_unless_finite(before or {}, "before training", 0, run)
+        run.begin({"args": vars(args), "versions": versions(), "before": before, **began_with},
+                  args.overwrite)
     fit(model, sequences, args, run, validate)
     after, valid = scores("test"), validate()
+    stop_unless_finite(after.values | valid, "after training", args.steps, run)
     if rank() > 0:
         return
     save(model, run.folder / "adapter.safetensors")
     run.finish({
         "method": args.method, "task": args.task, **counts,
-        "before": before.values, "after": after.values, "counts": after.counts,
+        "before": before, "after": after.values, "counts": after.counts,
         "valid": valid, "seconds": round(time.time() - began, 1),
         "peak_memory_mb": peak_memory_mb(args.device), "loss_on": args.loss_on, "seed": args.seed,
         "cut": cut, "notes": task.notes, "base": began_with["base"], "versions": versions(),
         "command": args.command})
     print(f"{'':20}{'before':>12}{'after':>12}")
     for name, value in after.values.items():
-        print(f"{name:20} {before.values[name]:11.4f} {value:11.4f}")
+        print(f"{name:20} " + (f"{before[name]:11.4f}" if before else f"{'-':>11}")
+              + f" {value:11.4f}")
     example = next((e for e in task.test if isinstance(e, Example) and "\n" not in e.prompt), None)
     print(f"{time.time() - began:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
+    if not is_listed(args.method):
+        print(f"  (once {METHODS[args.method].layer.__name__} stands in methods.py, where eval.py "
+              "and convert.py look for it)")
     print(f"  python eval.py --run {shlex.quote(args.out)}"
           + (f" --prompt {shlex.quote(example.prompt)}" if example else ""))
 

@@ -1,6 +1,7 @@
 """The tasks by name. A loader takes (tokenizer, max_length) and the flags that it has arguments
 for: OPTIONS, below; one without a default must be given. It returns a data.task.Task."""
 import inspect
+from argparse import Namespace
 from functools import partial
 
 from common import UserError, flag, nearest
@@ -22,8 +23,8 @@ OPTIONS = {             # flag -> how argparse is to read it
     "data_dir": dict(metavar="DIR", help="tasks commonsense, e2e, glue/...: the folder"),
     "prompt_template": dict(metavar="FILE", help="tasks commonsense and mini: a text that holds "
                                                  "{instruction} (data/prompt.txt)"),
-    "rewrite_seed": dict(type=int, help="task facts: which facts get new values, and which (0); "
-                                        "another one, to tune on, leaves the scores of 0 unseen"),
+    "rewrite_seed": dict(type=int, help="task facts: draws the facts that get new values, and the "
+                                        "values (--seed)"),
     "beams": dict(type=int, help="tasks that write text: beams of the search (1, greedy)"),
 }
 
@@ -37,6 +38,15 @@ def options_of(name: str) -> dict:
         raise UserError(f"--task {name}: unknown{nearest(name, TASKS)}")
     accepted = list(inspect.signature(TASKS[name]).parameters.values())[2:]
     return {parameter.name: parameter.default for parameter in accepted}
+
+
+def options_in(flags: Namespace) -> dict:
+    """The options of a task among the flags of a run. Where no rewrite_seed is given, the run's
+    own seed draws the facts, so that seeds vary the data too."""
+    options = {name: getattr(flags, name) for name in OPTIONS}
+    if options["rewrite_seed"] is None and "rewrite_seed" in options_of(flags.task):
+        options["rewrite_seed"] = flags.seed
+    return options
 
 
 def load_task(name: str, tokenizer, max_length: int, **options) -> Task:

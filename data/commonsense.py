@@ -137,7 +137,7 @@ def example(row: dict, template: str, group: str, where: str) -> Example:
                         f"\"Answer format:\" ({'/'.join(labels)[:60]}) and stand in the output")
     return Example(template.replace("{instruction}", instruction),
                    f" {before}{answer}{after}",
-                   tuple(f" {before}{label}{after}" for label in labels), labels, group)
+                   tuple(f" {before}{label}{after}" for label in labels), labels, group, where)
 
 
 def option_texts(prompt: str, labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -167,7 +167,7 @@ class Choices(Task):
 
     def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
         return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens),
-                *encode_targets(example.prompt, example.choices, tokenizer, self.max_length)]
+                *encode_targets(example, example.choices, tokenizer, self.max_length)]
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,

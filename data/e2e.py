@@ -32,6 +32,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from common import UserError
 from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
@@ -89,27 +90,34 @@ def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
         raise UserError(f"--data-dir {folder}: holds neither train.txt nor trainset.csv")
     read = {"txt": read_txt, "csv": read_csv}[kind]
     splits = [read(folder / name) for name in FILES[kind]]
-    train = [example(mr, [text]) for mr, text in splits[0]]
+    train = [example(mr, [text], source) for mr, text, source in splits[0]]
     new = max(NEW_TOKENS, 1 + max(len(tokenizer.encode(e.target)) for e in train))
     return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), max_length, beams=beams,
                new_tokens=new, defaults={"epochs": 5, "batch_size": 8},
                notes={"files": kind, "new_tokens": new})
 
 
-def example(mr: str, texts: list[str]) -> Example:
-    return Example(f"{mr}\nDescription:", f" {texts[0]}", references=tuple(texts))
+def example(mr: str, texts: list[str], source: str = "") -> Example:
+    return Example(f"{mr}\nDescription:", f" {texts[0]}", references=tuple(texts), source=source)
 
 
-def grouped(pairs: list[tuple[str, str]]) -> list[Example]:
+class Row(NamedTuple):
+    mr: str             # the meaning representation
+    text: str           # a reference
+    source: str         # file and line
+
+
+def grouped(rows: list[Row]) -> list[Example]:
     """One example for each meaning representation, in the order of their first lines."""
-    texts: dict[str, list[str]] = {}
-    for mr, text in pairs:
-        texts.setdefault(mr, []).append(text)
-    return [example(mr, all_texts) for mr, all_texts in texts.items()]
+    same: dict[str, list[Row]] = {}
+    for row in rows:
+        same.setdefault(row.mr, []).append(row)
+    return [example(mr, [row.text for row in of_mr], of_mr[0].source)
+            for mr, of_mr in same.items()]
 
 
-def read_txt(path: Path) -> list[tuple[str, str]]:
-    """(meaning representation, reference) of each line; blank lines are skipped."""
+def read_txt(path: Path) -> list[Row]:
+    """A row for each line; blank lines are skipped."""
     pairs = []
     for number, line in numbered_lines(path):
         mr, bars, text = line.partition("||")
@@ -119,8 +127,8 @@ def read_txt(path: Path) -> list[tuple[str, str]]:
     return not_empty(path, pairs)
 
 
-def read_csv(path: Path) -> list[tuple[str, str]]:
-    """(meaning representation in the form of the .txt files, reference) of each row."""
+def read_csv(path: Path) -> list[Row]:
+    """Meaning representations are written as in the .txt files."""
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     pairs = []
     try:
@@ -138,12 +146,12 @@ def read_csv(path: Path) -> list[tuple[str, str]]:
     return not_empty(path, pairs)
 
 
-def checked(where: str, mr: str, text: str) -> tuple[str, str]:
+def checked(where: str, mr: str, text: str) -> Row:
     """Both with single spaces, so that a reference is one line."""
     mr, text = " ".join(mr.split()), " ".join(text.split())
     if not mr or not text:
         raise UserError(f"{where}: the {'reference' if mr else 'meaning representation'} is empty")
-    return mr, text
+    return Row(mr, text, where)
 
 
 def not_empty(path: Path, pairs: list) -> list:

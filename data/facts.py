@@ -22,9 +22,9 @@ class Facts(Task):
         return recall(model, tokenizer, examples, batch_size, self.max_length)
 
 
-def load(tokenizer, max_length: int, rewrite_seed: int = 0) -> Task:
-    """The same task in every run: a run's --seed does not change the facts, rewrite_seed does."""
-    _, new, same = World().rewrite(FACTS, seed=rewrite_seed)
+def load(tokenizer, max_length: int, rewrite_seed: int | None = None) -> Task:
+    """rewrite_seed draws which facts get new values, and which; None counts as 0."""
+    _, new, same = World().rewrite(FACTS, seed=rewrite_seed or 0)
     touched = {fact.relation for fact in new}
     rehearsed, kept = same[::2], [fact for fact in same[1::2] if fact.relation in touched]
     valid, test = [], []

@@ -147,7 +147,7 @@ def expected_score(losses: list[float], scores: list[float]) -> float:
 
 class Glue(Task):
     def sequences(self, example: Example, tokenizer, model) -> list:
-        return encode_targets(example.prompt, example.choices, tokenizer, self.max_length)
+        return encode_targets(example, example.choices, tokenizer, self.max_length)
 
     def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
         """The set's official metrics, of each group (MNLI's two dev files) on its own."""
@@ -210,14 +210,14 @@ def read(path: Path, layout: Layout, spec: Set) -> list[Example]:
     for number, (*texts, label) in table(path, layout):
         if not any(texts):          # of a pair, one may be empty
             raise UserError(f"{path}:{number}: no text")
-        prompt = spec.template.format(*texts) + "\nAnswer:"
+        prompt, source = spec.template.format(*texts) + "\nAnswer:", f"{path}:{number}"
         if spec.graded:
-            score = grade(label, f"{path}:{number}")
+            score = grade(label, source)
             nearest = min(choices, key=lambda word: abs(float(word) - score))
-            examples.append(Graded(prompt, nearest, choices, score=score))
+            examples.append(Graded(prompt, nearest, choices, source=source, score=score))
         elif label in spec.words:
             examples.append(Example(prompt, spec.words[label], choices,
-                                    group=GROUPS.get(path.name, "")))
+                                    group=GROUPS.get(path.name, ""), source=source))
         else:
             raise UserError(f"{path}:{number}: label {label[:60]!r} is none of "
                             f"{', '.join(spec.words)}")

@@ -2,6 +2,7 @@
 score a model on them: is the target what it would write, which of the choices is likeliest, and
 what does it write. Each task family has its own file beside this one.
 """
+import hashlib
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ class Example:
     choices: tuple[str, ...] = ()       # the answers to choose from, where the task has them
     references: tuple[str, ...] = ()    # all acceptable texts, where there are several
     group: str = ""                     # the part of the task that it is scored under
+    source: str = field(default="", repr=False, compare=False)      # file and line, for errors
 
 
 class Sequence(NamedTuple):
@@ -67,21 +69,32 @@ class Task:
         return [encode(example, tokenizer, self.max_length)]
 
 
+def data_fingerprint(examples: list, sequences: list) -> str:
+    """sha256 of a split: of each example, and of the tokens that it becomes."""
+    digest = hashlib.sha256()
+    for pair in zip(examples, sequences, strict=True):
+        digest.update(repr(pair).encode())
+    return digest.hexdigest()
+
+
 def opening(tokenizer) -> list[int]:
     """What every sequence begins with: bos, where the tokenizer has one."""
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
-def encode_targets(prompt: str, targets: Iterable[str], tokenizer, max_length: int,
+def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_length: int,
                    loss_on: str = "answer", eos: bool = True) -> list[Sequence]:
-    """Of each target: bos, prompt, target, eos (each special token where the tokenizer has one).
+    """For each target: bos, the example's prompt, target, eos (each special token where the
+    tokenizer has one).
 
     Prompt and target are tokenized as one text, since tokens can straddle their border; the
     target starts at the first token that the prompt alone does not have. Where the longest is
     longer than max_length, all lose as much of the start of the prompt, never its end and nothing
     of a target: so they are compared after the same prompt.
-    UserError: a target that does not fit in max_length, or that nothing stands before.
+    Raises UserError, which names the example's line, if a target does not fit in max_length or
+    nothing stands before it.
     """
+    prompt, where = example.prompt, f"{example.source}: " * bool(example.source)
     head, tail = opening(tokenizer), [tokenizer.eos] if eos and tokenizer.eos is not None else []
     alone, rows = head + tokenizer.encode(prompt), []
     for target in targets:
@@ -93,12 +106,12 @@ def encode_targets(prompt: str, targets: Iterable[str], tokenizer, max_length: i
     lost = max(0, max(len(tokens) for tokens, _, _ in rows) - max_length)
     first = min(start for _, start, _ in rows)
     if first == 0:                      # the first target token needs one that predicts it
-        raise UserError("an empty prompt needs a tokenizer with a bos token, to begin with: "
-                        f"{rows[0][2][:60]!r}")
+        raise UserError(f"{where}an empty prompt needs a tokenizer with a bos token, to begin "
+                        f"with: {rows[0][2][:60]!r}")
     if lost >= first:                   # bos, or the first token where there is none, stays
         size, target = max((len(tokens) - start, target) for tokens, start, target in rows)
-        raise UserError(f"a target of {size} tokens does not fit in --max-length {max_length}: "
-                        f"{target[:60]!r}")
+        raise UserError(f"{where}a target of {size} tokens does not fit in --max-length "
+                        f"{max_length}: {target[:60]!r}")
     return [Sequence(tokens[:1] + tokens[1 + lost:], 1 if loss_on == "all" else start - lost,
                      cut=lost > 0) for tokens, start, _ in rows]
 
@@ -108,7 +121,7 @@ def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -
     comes as a Sequence already and passes unchanged."""
     if isinstance(example, Sequence):
         return example
-    return encode_targets(example.prompt, [example.target], tokenizer, max_length, **options)[0]
+    return encode_targets(example, [example.target], tokenizer, max_length, **options)[0]
 
 
 def encode_all(examples: list, tokenizer, model, max_length: int, **options) -> list[Sequence]:
@@ -232,8 +245,7 @@ def recall(model, tokenizer, examples: list[Example], batch_size: int, max_lengt
 def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
                   max_length: int) -> list[list[float]]:
     """Of each example -log p(choice | prompt) for each of its choices, in nats."""
-    rows = [known(encode_targets(e.prompt, e.choices, tokenizer, max_length), model)
-            for e in examples]
+    rows = [known(encode_targets(e, e.choices, tokenizer, max_length), model) for e in examples]
     losses: list = [None] * len(rows)
     widest = max((len(row) for row in rows), default=1)
     with scoring(model):

@@ -56,7 +56,7 @@ def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
                             ) from None
         if not isinstance(prompt, str) or not isinstance(target, str) or not target:
             raise UserError(f"{data}:{number}: prompt and target must be text, target not empty")
-        examples.append(Example(prompt, target))
+        examples.append(Example(prompt, target, source=f"{data}:{number}"))
     if len(examples) < 3:
         raise UserError(f"{data}: {len(examples)} examples; train, valid and test need one each")
     return Text("jsonl", *split_file(examples), max_length,

@@ -5,8 +5,9 @@ import torch
 
 from convert import load_pretrained
 
-BASE = Path(__file__).parents[1] / "data" / "base"
-SHARED = Path(__file__).parents[2] / "shared" / "data"      # public files, where they are
+ROOT = Path(__file__).parents[1]
+BASE = ROOT / "data" / "base"
+SHARED = ROOT.parent / "shared" / "data"        # public files, where they are
 
 
 @pytest.fixture(scope="session")

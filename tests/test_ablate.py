@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 
 import ablate
+import analyze
 import results
 import train
+from data import TASKS
 from results import difference, spread, within_noise
 from runs import refused, result_of
 
@@ -47,11 +49,18 @@ def test_the_grid_is_every_combination_once(capsys):
     assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 
+def test_on_another_model_they_are_around_the_rate_for_large_models(capsys):
+    lines = listed(capsys, "--methods", "lora", "--model", "some/where", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.0001", "0.0002", "0.0004"]
+    lines = listed(capsys, "--methods", "lora", "--lrs", "x1", "--vary", "model=x/z,x/y", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.0002"] * 2
+
+
 def test_learning_rates_are_around_each_method_s_own(capsys):
     lines = listed(capsys, "--methods", "lora,full", *SHORT)
-    assert [value_of(line, "--lr") for line in lines] == ["0.0075", "0.015", "0.03",
-                                                          "0.001", "0.002", "0.004"]
-    assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.015", *SHORT)) == 1
+    assert [value_of(line, "--lr") for line in lines] == ["0.00525", "0.0105", "0.021",
+                                                          "0.0005", "0.001", "0.002"]
+    assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.0105", *SHORT)) == 1
 
 
 def test_one_number_written_in_two_ways_is_one_run(capsys):
@@ -118,18 +127,40 @@ def test_a_folder_of_other_things_is_not_begun_in(capsys):
     assert result_of(folder)
 
 
+@pytest.mark.slow
 def test_a_real_sweep_runs_compares_and_then_finds_everything_done(capsys):
     command = ["--methods", "lora", "--lrs", "x0.5,x1", "--jobs", "2", *SHORT]
     ablate.main(command)
     first = capsys.readouterr().out
     assert first.count("| lora | 8 | 0.0") == 1 and "mean ± standard deviation" in first
     for name in ("table.md", "results.csv", "score.png", "rates.png", "loss.png",
-                 "logs/facts-lora-r8-lr0.015-s0.txt"):
+                 "logs/facts-lora-r8-lr0.0105-s0.txt"):
         assert Path("runs/sweep", name).is_file()
     runs = {path: path.stat().st_mtime_ns for path in Path("runs/sweep").glob("*/result.json")}
     ablate.main(command)
     assert capsys.readouterr().out == first and len(runs) == 2
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*(name for name in TASKS if "/" not in name and
+                                    name not in ("commonsense", "e2e"))])
+def test_a_sweep_of_every_task_that_needs_no_public_files_is_compared_and_drawn(task, capsys):
+    flags = ["--task", task, "--skip-before", *SHORT]
+    if task in ("text", "jsonl"):
+        rows = [f"The number {i} comes after {i - 1} and before {i + 1}." for i in range(200)]
+        Path("mine").write_text("\n".join(
+            rows if task == "text" else [json.dumps({"prompt": row, "target": " Yes."})
+                                         for row in rows]))
+        flags += ["--data", "mine"]
+    ablate.main(["--methods", "lora", "--lrs", "x0.5,x1", *flags])
+    row, = table_of(capsys.readouterr().out)
+    assert {"score.png", "rates.png", "loss.png", "table.md", "results.csv"} <= set(
+        os.listdir("runs/sweep"))
+    metric = next(iter(row.keys() - {"method", "rank", "lr", "seeds", "trainable", "s a run"}))
+    assert math.isfinite(float(row[metric].split()[0]))
+    analyze.main(["runs/sweep"])                            # what these runs allow
+    assert {"score.png", "rates.png", "loss.png"} <= set(os.listdir("runs/sweep/figures"))
 
 
 # ---- what it makes of results, given by the test
@@ -141,7 +172,7 @@ def finish(flags: list[str], valid: float, test: float) -> None:
     args.max_length = 256
     folder = Path(args.out)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"args": vars(args)}))
+    (folder / "config.json").write_text(json.dumps({"args": vars(args), "before": None}))
     (folder / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     (folder / "adapter.safetensors").write_text("")
     (folder / "result.json").write_text(json.dumps({
@@ -230,8 +261,8 @@ def test_other_seeds_run_with_the_chosen_rate_alone(processes, capsys):
     assert len(listed(capsys, *flags)) == 6
     ablate.main(flags)
     assert len(processes.ran) == 2 * (3 + 2)
-    assert {(args.seed, args.lr) for args in processes.ran} == {
-        (1, 0.0015), (1, 0.0075), (1, 0.015), (0, 0.015), (2, 0.015)}
+    assert {(args.seed, args.lr) for args in processes.ran if args.method == "lora"} == {
+        (1, 0.00105), (1, 0.00525), (1, 0.0105), (0, 0.0105), (2, 0.0105)}
     out = capsys.readouterr().out
     assert [row["seeds"] for row in table_of(out)] == ["3", "3"]
     assert "the highest or lowest one tried" in out
@@ -270,14 +301,15 @@ def test_a_run_that_dies_without_a_word_is_told_by_its_status(processes, monkeyp
             self.status = status
 
     Path("runs/sweep/logs").mkdir(parents=True)
-    Path("runs/sweep/logs/facts-lora-r8-lr0.015-s0.txt").write_text("error: of another time\n")
+    Path("runs/sweep/logs/facts-lora-r8-lr0.0105-s0.txt").write_text("error: of another time\n")
     monkeypatch.setattr(subprocess, "Popen", Killed)
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
     assert stop.value.code == 1
-    assert f"lr0.015-s0: failed: {said}\n" in capsys.readouterr().err
+    assert f"lr0.0105-s0: failed: {said}\n" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora", "--seeds", "0,1", "--model", "nowhere", "--jobs",
@@ -336,18 +368,19 @@ def test_what_a_first_run_refuses_to_go_on_with_is_its_own(processes, monkeypatc
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
     assert stop.value.code == 1 and len(processes.ran) == 2
-    assert "lr0.015-s0: failed: error: checkpoint.pt: damaged\n" in capsys.readouterr().err
+    assert "lr0.0105-s0: failed: error: checkpoint.pt: damaged\n" in capsys.readouterr().err
 
 
 def test_a_stopped_run_with_other_flags_is_told_before_anything_runs(processes, capsys):
     ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    Path("runs/sweep/facts-lora-r8-lr0.015-s0/result.json").unlink()
+    Path("runs/sweep/facts-lora-r8-lr0.0105-s0/result.json").unlink()
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "dora,lora", "--lrs", "x1", *SHORT, "--steps", "5"])
     assert stop.value.code == 2 and len(processes.ran) == 1
     assert "--steps 5: the run has 4" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_error_ends_the_runs_that_are_at_work(processes, monkeypatch, capsys):
     begun, stopped = threading.Event(), threading.Event()
 
@@ -374,11 +407,11 @@ def test_an_error_ends_the_runs_that_are_at_work(processes, monkeypatch, capsys)
 def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):
     flags = ["--methods", "lora", "--lrs", "x0.5,x1", *SHORT]
     ablate.main(flags)
-    Path("runs/sweep/facts-lora-r8-lr0.015-s0/result.json").write_text("{")
+    Path("runs/sweep/facts-lora-r8-lr0.0105-s0/result.json").write_text("{")
     with pytest.raises(SystemExit) as stop:
         ablate.main([*flags, "--seeds", "0,1"])
     assert stop.value.code == 2 and len(processes.ran) == 2
-    assert "lr0.015-s0/result.json: not what a run" in capsys.readouterr().err
+    assert "lr0.0105-s0/result.json: not what a run" in capsys.readouterr().err
 
 
 def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
@@ -391,14 +424,14 @@ def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
 
 
 def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch, capsys):
-    folder = Path("runs/sweep/facts-lora-r8-lr0.015-s0")
+    folder = Path("runs/sweep/facts-lora-r8-lr0.0105-s0")
     folder.mkdir(parents=True)
     looks = [True, False, True, True]       # after the second ours begins, and is told it is late
 
     def busy(_):
         if len(looks) == 1:
             folder.rmdir()
-            finish(["--method", "lora", "--rank", "8", "--lr", "0.015", "--seed", "0", *SHORT,
+            finish(["--method", "lora", "--rank", "8", "--lr", "0.0105", "--seed", "0", *SHORT,
                     "--out", str(folder), "--resume"], 0.5, 0.5)
         return looks.pop(0)
 

@@ -19,6 +19,8 @@ from measures import (change_rates, direction_change, effective_rank, flipped, i
 from results import SavedRun, chosen, read_run
 from runs import refused
 
+pytestmark = pytest.mark.slow
+
 RUNS = [("full", 0), ("full", 1), ("lora", 0), ("lora", 1), ("dora", 0), ("adalora", 0),
         ("dash", 0), ("dual", 0)]
 ADAPTERS = ["--rank", "4", "--targets", "q,up"]
@@ -181,7 +183,7 @@ def test_score_and_rates_are_the_results_of_the_runs(sweep, figures):
     assert row["trainable"] == result["lora-0"]["trainable"]
     rates = {row["lr"]: row for row in figures["rates"] if row["method"] == "lora"}
     assert rates[1e-6]["scores"] == [result["lora-slow"]["valid"]["new"]]
-    assert {lr: row["chosen"] for lr, row in rates.items()} == {1e-6: False, 0.015: True}
+    assert {lr: row["chosen"] for lr, row in rates.items()} == {1e-6: False, 0.0105: True}
 
 
 def test_rates_are_compared_on_the_seeds_that_all_of_them_have(sweep):

@@ -6,6 +6,8 @@ import pytest
 import bench
 from runs import refused
 
+pytestmark = pytest.mark.slow
+
 FAST = ["frozen", *bench.OURS]
 
 

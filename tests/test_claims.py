@@ -21,6 +21,8 @@ LOW, MIDDLE, HIGH = [0.1, 0.11, 0.12], [0.5, 0.51, 0.52], [0.8, 0.81, 0.82]
 TOP = [0.99, 0.99, 1.0]
 SHORT = "--steps 4 --batch-size 8 --max-eval 3"
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):

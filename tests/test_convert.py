@@ -359,6 +359,7 @@ def test_the_model_that_ships_is_read(base):
 
 # ---- memory and time
 
+@pytest.mark.slow
 def test_loading_needs_hardly_more_memory_than_the_model(tmp_path):
     # A model of 60 MB, a third of it in one tensor, to keep the test quick.
     shape = dict(vocab_size=30000, d_model=256, n_layers=8, n_heads=4, n_kv_heads=4, head_dim=64,
@@ -546,6 +547,7 @@ ROPE = st.fixed_dictionaries({}, optional={
        st.dictionaries(st.sampled_from(KEYS), SIZES, max_size=3),
        st.dictionaries(st.sampled_from(OTHERS), ANY, max_size=2),
        st.fixed_dictionaries({}, optional={"rope_scaling": ROPE, "rope_parameters": ROPE}))
+@pytest.mark.slow
 def test_any_config_works_or_is_refused(kind, sizes, others, rope):
     base = dict(model_type=kind, vocab_size=11, hidden_size=16, num_hidden_layers=1,
                 num_attention_heads=4, num_key_value_heads=2, intermediate_size=8,

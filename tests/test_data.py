@@ -45,7 +45,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
     whole = encode(example, tokenizer, 99)
     size = max(len(encode(Example(prompt, choice), tokenizer, 99).tokens)
                for choice in example.choices)
-    sequences = encode_targets(prompt, example.choices, tokenizer, size - 3)
+    sequences = encode_targets(example, example.choices, tokenizer, size - 3)
     assert [len(s.tokens) == size - 3 for s in sequences] == [False, True, False]
     for choice, (tokens, start, cut) in zip(example.choices, sequences):
         assert cut and tokens[:start] == [tokenizer.bos, *whole.tokens[4:whole.start]]
@@ -54,7 +54,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
     assert choice_losses(model, tokenizer, [example], 8, size - 3)[0][0] != pytest.approx(
         score_targets(model, [alone], 1)[0].loss, rel=1e-6)
     with pytest.raises(UserError, match="--max-length 6.*eleven"):
-        encode_targets(prompt, example.choices, tokenizer, 6)
+        encode_targets(example, example.choices, tokenizer, 6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -70,7 +70,7 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
         ("", ("A", "The end")), ("One two three", (" four",)),
         ("Ann's pet is", (" a cat", " a dog", " a dog and a cat")))]
     alone = [[score_targets(model, [s], 1)[0].loss
-              for s in encode_targets(e.prompt, e.choices, tokenizer, 99)] for e in examples]
+              for s in encode_targets(e, e.choices, tokenizer, 99)] for e in examples]
     for batch_size in (1, 6, 99):
         losses = choice_losses(model, tokenizer, examples, batch_size, 99)
         assert [len(row) for row in losses] == [3, 2, 1, 3]

@@ -15,6 +15,8 @@ import train
 from methods import METHODS
 from runs import result_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(train.__file__).parent
 FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "30", "--eval-batch-size", "16",
          "--eval-every", "4", "--save-every", "4", "--seed", "3"]

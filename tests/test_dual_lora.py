@@ -1,15 +1,24 @@
 import math
+import subprocess
+import sys
+from copy import deepcopy
+from statistics import fmean
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from common import UserError
+from conftest import ROOT, SHARED
+from convert import load_pretrained
+from data.task import Sequence, score_targets
 from dual_lora import DualLoRALinear, warmup_after
+from generate import generate
 from lora import AdapterLinear
-from methods import inject, param_groups
+from methods import inject, merge, param_groups, unmerge
 from parity import assert_follows, gradients
 
 
@@ -200,33 +209,111 @@ def test_on_step_raises_every_layer():
     assert [layer.warmup.item() for layer in layers] == [0.5, 0.25, 1]
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_loop_that_never_calls_on_step_is_stopped_at_its_second_step(fused):
+def test_a_loop_that_never_calls_on_step_is_told_at_the_next_forward():
     layer = dual(6, 5, update_warmup=20)
-    optimizer = torch.optim.AdamW(parameters(layer), fused=fused)
-
-    def step():
-        for _ in range(3):     # micro-batches do not count: three backwards, one step
-            layer(torch.randn(4, 6)).sum().backward()
-        optimizer.step()
-
-    step()
-    DualLoRALinear.on_step([layer], 0, 100)
-    step()
-    step()
-    start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    layer.load_state_dict(start | {"warmup": torch.tensor(0.0)})   # a second run of the layer
-    step()
+    optimizer = torch.optim.AdamW(parameters(layer))
+    for _ in range(3):     # micro-batches do not count: three backwards, one step
+        layer(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        layer(torch.randn(4, 6))       # nor does scoring
     with pytest.raises(UserError, match="on_step"):
-        step()
+        layer(torch.randn(4, 6))
 
 
-def test_a_layer_that_another_optimizer_does_not_train_is_left_alone():
-    layer, other = dual(6, 5, update_warmup=20), nn.Linear(5, 1)
-    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+def test_a_right_loop_is_left_alone_also_when_it_begins_again():
+    layer = dual(6, 5, update_warmup=20)
+    start = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    optimizer = torch.optim.AdamW(parameters(layer))
+    for run in range(2):
+        layer.load_state_dict(start)                    # to warm-up 0 again
+        for step in range(3):
+            for _ in range(2):
+                checkpoint(layer, torch.randn(4, 6), use_reentrant=False).sum().backward()
+            optimizer.step()
+            DualLoRALinear.on_step([layer], step, 100)
+            optimizer.zero_grad()
+
+
+def test_merging_and_another_optimizer_s_steps_are_left_alone():
+    model, head = inject(nn.ModuleDict({"q": nn.Linear(6, 5)}), "dual", ["q"], 4), nn.Linear(5, 1)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
     for _ in range(3):
-        other(layer(torch.randn(4, 6))).sum().backward()
+        head(model["q"](torch.randn(4, 6))).sum().backward()
         optimizer.step()
+        unmerge(merge(model))
+
+
+def test_importing_the_file_changes_nothing_of_torch_and_stays_light():
+    code = ("import dual_lora, sys; from torch.optim import optimizer as o; "
+            "assert not o._global_optimizer_post_hooks and not o._global_optimizer_pre_hooks; "
+            "assert 'torch._dynamo' not in sys.modules")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---- the start's size
+@pytest.mark.parametrize("width, rank, split, std, dtype", [
+    (64, 2, {}, 0.01, None), (64, 32, {}, 0.2, None), (256, 8, {}, 0.05, torch.bfloat16),
+    (256, 8, dict(r1=2), 0.01, None), (1024, 8, dict(r1=6), 0.02, None),
+    (1024, 32, {}, 0.2, torch.bfloat16)])
+def test_the_untrained_update_is_the_asked_share_of_the_weight(width, rank, split, std, dtype):
+    base = nn.Linear(width, 2 * width, dtype=dtype)
+    nn.init.normal_(base.weight, std=std)
+    shares = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer = DualLoRALinear(base, rank, 2 * rank, update_warmup=0, init_share=0.03, **split)
+        shares.append((layer.delta_weight().norm() / base.weight.float().norm()).item())
+    assert fmean(shares) == pytest.approx(0.03, rel=0.05)
+    assert layer.start_share() == pytest.approx(0.03)
+
+
+def test_an_explicit_std_overrides_the_share_and_the_header_warns_of_a_large_start():
+    layer = dual(64, 64, rank=8, init_std=0.3, init_share=0.01)
+    assert layer.std == 0.3
+    measured = (layer.delta_weight().norm() / layer.base.weight.norm()).item()
+    assert layer.start_share() == pytest.approx(measured, rel=0.3) and measured > 0.2
+    small = dual(64, 64, init_std=None, init_share=0.02, update_warmup=3)
+    assert DualLoRALinear.plan([small], 100) == ("the update warms up from 0 to 1 over 3 steps; "
+                                                 "untrained it is at most 2 % of a layer's weights")
+    assert "warning" in DualLoRALinear.plan([small, layer], 100)
+
+
+def test_a_std_of_each_layer_is_not_recorded_as_one_number():
+    model = nn.ModuleDict({"q": nn.Linear(64, 64), "v": nn.Linear(8, 64)})
+    inject(model, "dual", ["q", "v"])
+    assert model["q"].std != model["v"].std
+    assert model.injected["init_std"] is None and model.injected["init_share"] == 0.01
+
+
+def test_a_zero_weight_is_refused_by_the_name_of_its_layer():
+    model = nn.ModuleDict({"q": nn.Linear(64, 64), "v": nn.Linear(8, 64)})
+    nn.init.zeros_(model["v"].weight)
+    with pytest.raises(UserError, match="^v: W0 .*init_std"):
+        inject(model, "dual", ["q", "v"])
+    inject(model, "dual", ["q", "v"], init_std=0.01)
+
+
+STORIES = SHARED / "stories260K"
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="needs a public model")
+@pytest.mark.parametrize("rank", [8, 32])
+def test_the_untrained_update_at_full_size_hardly_moves_a_real_model(rank):
+    model, tokenizer = load_pretrained(STORIES)
+    texts = generate(model, [[tokenizer.bos]] * 8, 250, temperature=1.0, eos=[], seed=0)
+
+    def loss(model):
+        sequences = [Sequence([tokenizer.bos, *text], 1) for text in texts]
+        return fmean(score.loss / score.tokens for score in score_targets(model, sequences, 8))
+
+    before, rises = loss(model), []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        adapted = inject(deepcopy(model), "dual", ["q", "k", "v", "up", "down"], rank, 2 * rank,
+                         update_warmup=0)
+        rises.append(loss(adapted) / before - 1)
+    assert fmean(rises) < 0.02 and max(rises) < 0.04
 
 
 def test_the_rank_is_split_and_the_scale_follows_the_split():
@@ -242,7 +329,8 @@ def test_the_rank_is_split_and_the_scale_follows_the_split():
     (dict(rank=1), "rank"), (dict(r1=0), "r1"), (dict(r1=4), "r2"), (dict(r2=9), "r1"),
     (dict(r1=1, r2=9), "r2"), (dict(r2=1.5), "r1"), (dict(update_warmup=-1), "update_warmup"),
     (dict(update_warmup=0.5), "update_warmup"), (dict(init_std=0.0), "init_std"),
-    (dict(init_std=math.nan), "init_std"), (dict(direction_lr=0.0), "direction_lr")])
+    (dict(init_std=math.nan), "init_std"),
+    (dict(init_std=None, init_share=0.0), "init_share"), (dict(direction_lr=0.0), "direction_lr")])
 def test_wrong_arguments_are_refused_by_name(wrong, name):
     with pytest.raises(UserError, match=name):
         dual(5, 9, **wrong)
@@ -253,6 +341,7 @@ def test_all_four_start_gaussian_and_on_the_base_s_device():
     assert all(p.std().item() == pytest.approx(0.06, rel=0.1) for p in parameters(layer))
     meta = DualLoRALinear(nn.Linear(40, 30, device="meta"), 4, 8)
     assert all(t.is_meta for t in (*parameters(meta), meta.warmup, meta.merged_weight()))
+    assert meta.std is None
 
 
 def test_the_update_has_a_far_higher_rank_than_lora_s():

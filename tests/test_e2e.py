@@ -239,7 +239,7 @@ def test_the_real_files():
     assert not {e.prompt for e in task.train} & {e.prompt for e in task.test}
     # The challenge's files hold the same meaning representations, line by line.
     for rows, lines in (("devset.csv", "valid.txt"), ("testset_w_refs.csv", "test.txt")):
-        assert [mr for mr, _ in read_csv(REAL / rows)] == [mr for mr, _ in read_txt(REAL / lines)]
+        assert [row.mr for row in read_csv(REAL / rows)] == [row.mr for row in read_txt(REAL / lines)]
 
 
 # ---- the built-in world

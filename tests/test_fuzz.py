@@ -38,6 +38,8 @@ ANY = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner,
                                                                 max_size=3), max_leaves=4)
 
+pytestmark = pytest.mark.slow
+
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
@@ -236,7 +238,7 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
         train.resolve(args)
         vars(args).update(steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
                           max_length=64, command="python train.py --method dora")
-        content = json.dumps({"args": vars(args), "versions": {}})
+        content = json.dumps({"args": vars(args), "before": None, "versions": {}})
         Path(place, "config.json").write_text(content)
         assert reread(place).method == "dora"
         own = Run()

@@ -511,12 +511,12 @@ def test_dropout_and_evaluation_mode_reach_the_new_layers():
     assert adapters(model)["q"].dropout.p == 0.3
 
 
-def test_the_defaults_are_the_papers_and_for_dual_lora_the_ablations():
-    assert METHODS["dual"].hyper == dict(r1=None, r2=None, update_warmup=5, init_std=0.06,
-                                         clip=True, direction_lr=0.3)
+def test_the_defaults_are_the_papers_and_where_they_leave_a_choice_the_searches():
+    assert METHODS["dual"].hyper == dict(r1=None, r2=None, update_warmup=5, init_share=0.01,
+                                         init_std=None, clip=True, direction_lr=0.3)
     assert METHODS["dora"].hyper == {"norm_gradient": False}
     assert METHODS["adalora"].hyper == dict(init_rank=None, t_init=0.1, t_final=0.3, delta_t=1,
-                                            beta1=0.85, beta2=0.85, gamma=0.1)
+                                            beta1=0.85, beta2=0.85, gamma=0.01)
     assert METHODS["dash"].hyper == dict(directions=8, prelaunch=100)
     assert METHODS["lora+"].lr_ratio == 16 and METHODS["lora"].lr_ratio == 1
 

@@ -14,6 +14,8 @@ from data.world import MIX, START, World, documents
 from model import Transformer
 from tokenizer import save_ranks
 
+pytestmark = pytest.mark.slow
+
 
 def test_heads_start_by_attending_to_equal_tokens():
     model = Transformer(pretrain.config())

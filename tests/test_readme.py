@@ -20,6 +20,7 @@ def code_under(heading: str) -> str:
     return re.search(r"```python\n(.*?)```", section, re.S).group(1)
 
 
+@pytest.mark.slow
 def test_the_method_added_in_25_lines_trains_saves_and_merges(tmp_path):
     code = code_under("Add your own method in 25 lines")
     lines = [line for line in code.splitlines() if line.strip()]

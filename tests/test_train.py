@@ -24,6 +24,7 @@ from convert import load_pretrained
 from data.task import Scores
 from data.world import VERSION
 from methods import METHODS, inject, load
+from results import read_run
 from run import Run
 from runs import assert_eval_repeats, refused, result_of
 from train import batch_at, lr_factor, slices
@@ -232,6 +233,7 @@ def test_a_request_to_stop_saves_after_the_step_and_says_how_to_go_on(number, mo
         assert Path("a run", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes():
     flags = ["--method", "adalora", "--save-every", "1", *SHORT]
     train.main([*flags, "--out", "whole"])
@@ -309,7 +311,7 @@ def test_a_resumed_run_keeps_its_flags(stopped, capsys):
     resume = ["--resume", "--out", "stopped"]
     for flags, said in ((["--steps", "12"], "--steps 12: the run has 6"),
                         (["--method", "dora"], "--method dora: the run has lora"),
-                        (["--lr", "1"], "--lr 1.0: the run has 0.015"),
+                        (["--lr", "1"], "--lr 1.0: the run has 0.0105"),
                         (["--r1", "2"], "--r1"), (["--overwrite"], "--overwrite")):
         assert said in refused(capsys, *resume, *flags)
     assert "--out" in refused(capsys, "--resume", *stopped)
@@ -324,7 +326,7 @@ def test_a_resumed_run_needs_the_model_and_the_data_it_began_with(items, capsys,
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--model", "model"])
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS[::-1])))
-    assert "its data is not" in refused(capsys, "--resume", "--out", "run")
+    assert "its train data is not" in refused(capsys, "--resume", "--out", "run")
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     weights = load_file("model/model.safetensors")
     weights["model.norm.weight"][0] += 1
@@ -375,6 +377,7 @@ def test_a_finished_run_that_lost_its_adapter_makes_it_again(stopped):
     assert Path("whole/adapter.safetensors").read_bytes() == kept
 
 
+@pytest.mark.slow
 def test_files_that_grow_too_large_for_the_disk_are_one_line_and_lose_nothing(stopped, capsys):
     """As on a full disk, torch and safetensors report it each in a way of their own."""
     kept = Path("stopped/checkpoint.pt").read_bytes()
@@ -475,6 +478,7 @@ def test_checkpointing_keeps_less_for_backward(base):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_a_compiled_model_trains_the_same(method, plain, monkeypatch):
     # The "eager" backend traces as the real one does, and needs no C++ compiler.
     real = torch.compile
@@ -640,6 +644,7 @@ def test_overwriting_loses_nothing_before_the_first_step_is_done(error, status, 
     assert len(Path("run/log.jsonl").read_text().splitlines()) == 6
 
 
+@pytest.mark.slow
 def test_two_runs_that_start_together_get_a_folder_each():
     command = [sys.executable, train.__file__, "--method", "lora", *SHORT]
     both = [subprocess.Popen([*command, "--lr", lr], env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -731,7 +736,8 @@ def test_a_target_that_does_not_fit_is_an_error_before_anything_is_lost(row, ite
     rows[row] = {"prompt": "a", "target": "b " * 100}
     Path("items.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = ["--method", "lora", *items, "--max-length", "20", "--overwrite"]
-    assert "--max-length 20" in refused(capsys, *flags)
+    line = refused(capsys, *flags)
+    assert "--max-length 20" in line and f"items.jsonl:{row % len(ITEMS) + 1}: a target of" in line
     assert kept == {path.name: path.read_bytes() for path in Path("run").iterdir()}
 
 
@@ -741,6 +747,92 @@ def test_a_run_can_be_scored_from_any_folder(items, capsys, monkeypatch):
     monkeypatch.chdir("below")
     evaluation.main(["--run", "../run"])
     assert f"{result_of('../run')['after']['loss']:.4f}" in capsys.readouterr().out
+
+
+def test_a_changed_test_part_is_refused_by_resume_and_by_eval(items, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            train.main(["--method", "lora", *items, "--steps", "2"])
+    changed = ITEMS[:-1] + [{"prompt": "Item 29 weighs", "target": " nothing."}]
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, changed)))
+    assert "its test data is not" in refused(capsys, "--resume", "--out", "run")
+    assert "its test data is not" in refused(capsys, "--run", "run", main=evaluation.main)
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    train.main(["--resume", "--out", "run"])
+    assert_eval_repeats(capsys)
+
+
+def test_another_model_s_fingerprint_differs_though_a_sample_is_read():
+    from run import fingerprint
+    tensors = {"a": torch.randn(300, 500), "b": torch.randn(7)}
+    whole = fingerprint(tensors, torch.float32)
+    assert whole == fingerprint({name: tensors[name].clone() for name in "ba"}, torch.float32)
+    for other in ({"a": tensors["a"] * 1.001}, {"a": tensors["a"].T}, {"c": tensors["a"]}):
+        other["b"] = tensors["b"]
+        assert fingerprint(other, torch.float32) != whole
+    assert fingerprint(tensors, torch.bfloat16) != whole
+
+
+def test_the_score_before_is_computed_once_and_can_be_left_out(items, capsys, monkeypatch):
+    asked, real = [], train.score
+    monkeypatch.setattr(train, "score", lambda *args: asked.append(args[4]) or real(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            train.main(["--method", "lora", *items, "--steps", "2", "--eval-every", "9"])
+    before = json.loads(Path("run/config.json").read_text())["before"]
+    train.main(["--resume", "--out", "run"])
+    assert asked == ["test", "test", "valid", "test", "valid"]      # resumed: no "before" again
+    assert result_of("run")["before"] == before and set(before) == {"loss", "perplexity", "exact"}
+    asked.clear()
+    train.main(["--method", "lora", *items, "--steps", "2", "--eval-every", "9", "--skip-before",
+                "--overwrite"])
+    assert asked == ["test", "valid"] and result_of("run")["before"] is None
+    assert read_run("run").result["before"] is None
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_model_gets_the_method_s_rate_for_large_models_and_says_so(method, capsys):
+    shutil.copytree(BASE, "model")
+    train.main(["--method", method, "--model", "model", "--out", "run", *SHORT[:4], "--max-eval",
+                "3", "--skip-before"])
+    lr = json.loads(Path("run/config.json").read_text())["args"]["lr"]
+    assert lr == METHODS[method].large_lr < METHODS[method].lr
+    whose = METHODS[method].large_lr_from
+    assert f"learning rate {lr:g} ({whose} for large models)" in capsys.readouterr().out
+    assert train.default_lr(method, str(BASE)) == METHODS[method].lr
+
+
+def test_the_facts_follow_the_seed_unless_they_are_asked_for():
+    data = {}
+    for name, flags in {"0": ["--seed", "0"], "1": ["--seed", "1"],
+                        "0 of 1": ["--seed", "0", "--rewrite-seed", "1"]}.items():
+        train.main(["--method", "lora", "--out", name, *SHORT[:4], "--max-eval", "3", *flags])
+        data[name] = json.loads(Path(name, "config.json").read_text())["test_data"]
+    assert data["0"] != data["1"] == data["0 of 1"]
+    assert read_run("0").setting == read_run("1").setting != read_run("0 of 1").setting
+
+
+def test_a_run_that_its_method_refuses_is_refused_before_the_texts_are_read(items, capsys,
+                                                                           monkeypatch):
+    monkeypatch.setattr(train, "encode_all", lambda *_, **__: pytest.fail("tokenized"))
+    assert "to prune in" in refused(capsys, "--method", "adalora", *items, "--steps", "1")
+    assert "layers.0.attn.q: rank" in refused(capsys, "--method", "lora", *items, "--rank", "999")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("out, said", [("-x", "--out -x"), ("", "--out"), ("a\udcff", "not UTF-8")])
+def test_a_folder_s_name_that_cannot_be_used_is_refused_at_once(out, said, capsys):
+    assert said in refused(capsys, "--method", "lora", f"--out={out}")
+
+
+def test_an_empty_folder_is_taken_and_files_have_the_user_s_usual_permissions(items):
+    Path("run").mkdir()
+    train.main(["--method", "lora", *items, "--steps", "1"])
+    Path("mine").touch()
+    assert {path.stat().st_mode for path in Path("run").iterdir()} == {Path("mine").stat().st_mode}
 
 
 def test_a_damaged_run_is_refused_in_one_line(items, capsys):
