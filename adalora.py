@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
 from lora import AdapterLinear, check_whole, full_precision
+from support.errors import UserError
 
 
 def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_final: int) -> int:

@@ -1,187 +1,24 @@
-"""Hugging Face checkpoints <-> Transformer, by hand.
+"""Takes a run's adapters to other programs, and PEFT's adapters to a plain model.
 
     python convert.py --run runs/NAME --to DIR          a run's model, merged, for transformers
     python convert.py --run runs/NAME --peft DIR        its adapters, for PEFT
     python convert.py --from-peft DIR --model PATH --to DIR2        PEFT's adapters, merged
 Training on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
 
->>> model, tokenizer = load_pretrained("data/base")                         # a folder
->>> model, tokenizer = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=torch.bfloat16)
->>> save_pretrained(model, "copy")               # transformers.AutoModelForCausalLM reads it
-
-What the files look like stands in hf_files.py, PEFT's in peft_files.py. Reading one: every tensor
-is checked by name and shape, then read straight into its place.
+In code: load_pretrained, save_pretrained, export_peft and import_peft, which stand in formats/.
 """
-import json
-import math
-import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from torch import nn
-
-from common import Parser, UserError, atomic_write, exit_on_user_error, refuse_not_finite
-from hf_files import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored, describe,
-                      is_conv1d, parse_config, places, read_config, some)
+from formats.checkpoint import load_pretrained, save_pretrained, texts_of
+from formats.peft import export_peft, import_peft
 from methods import merge
-from model import Config, Transformer
-from peft_files import export_peft, import_peft
-from run import check_base, load_adapters, read_flags, weights_dtype
-from tokenizer import load_tokenizer
+from support.errors import UserError, exit_on_user_error
+from support.files import atomic_write
+from support.parser import Parser
+from support.run import check_base, load_adapters, read_flags, weights_dtype
 
 
-# ---- load
-@torch.no_grad()
-def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
-                    device: str | torch.device = "cpu"):
-    """A folder, or a repository of the Hugging Face hub ("owner/name") -> (model, tokenizer).
-
-    dtype None keeps the checkpoint's own; the tokenizer is None where the folder has none.
-    UserError: anything missing, left over, misshapen, or that we would compute otherwise.
-    """
-    if dtype not in [None, *DTYPES.values()]:
-        raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
-    folder = find_folder(path_or_repo)
-    config, named = read_config(folder)
-    tokenizer = load_tokenizer(folder)
-    tensors = by_full_name(folder, config)
-    model = empty_model(config, folder, tensors)
-    plan = match(model, tensors, folder)
-    dtype = dtype or named or next(iter(tensors.values())).dtype
-    # To copy a tensor takes its size twice for a moment. With the largest first, that moment is
-    # over before the model has grown: the peak stays near the model's own size.
-    for full in sorted(tensors, key=lambda full: math.prod(tensors[full].shape), reverse=True):
-        whole = tensors.pop(full).read()
-        whole = whole.t() if is_conv1d(full) else whole
-        lengths = [model.get_parameter(ours).shape[0] for ours in plan[full]]
-        for ours, part in zip(plan[full], whole.split(lengths)):
-            owner, _, leaf = ours.rpartition(".")
-            own = torch.empty(part.shape, dtype=dtype, device=device).copy_(part)
-            if own.dtype != part.dtype:
-                refuse_not_finite(own, f"{folder}: {ours}, as {dtype},")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(own))
-        del whole, part                         # unmaps the file
-    return model, tokenizer
-
-
-def find_folder(path_or_repo: str | Path) -> Path:
-    """The folder itself, or where huggingface_hub keeps the repository, fetched if need be."""
-    folder, repo = Path(path_or_repo), str(path_or_repo)
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"{repo}: neither a folder nor a repository of the hub (owner/name)")
-    from huggingface_hub import snapshot_download
-    try:
-        fetched = Path(snapshot_download(repo, allow_patterns=[*SMALL, "model*.safetensors"]))
-        if not any(fetched.glob("model*.safetensors")):
-            snapshot_download(repo, allow_patterns=[*SMALL, "pytorch_model*.bin"])
-        return fetched
-    except Exception as error:                  # the network's, the hub's or the disk's
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{repo}: no such folder, and not fetched from the hub: {reason}") from None
-
-
-def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
-    """The tensors that fill the model, under the names of the tables."""
-    tensors, family = {}, FAMILIES[config.model_type]
-    for tensor in all_stored(folder):
-        headless = not tensor.name.startswith((family.prefix, "lm_head."))
-        full = family.prefix * headless + tensor.name
-        if full in tensors:
-            raise UserError(f"{tensor.path}: {tensor.name} is there twice")
-        if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:
-            tensors[full] = tensor
-    # A tied model's file may repeat the embedding as lm_head. Where the two differ, the config is
-    # wrong and both are kept, as transformers 5 does.
-    embed = next(theirs for theirs, ours in family.names.items() if ours == ["embed"]) + ".weight"
-    if config.tied and "lm_head.weight" in tensors and embed in tensors:
-        config.tied = torch.equal(tensors["lm_head.weight"].read(), tensors[embed].read())
-        if config.tied:
-            del tensors["lm_head.weight"]
-    return tensors
-
-
-def empty_model(config: Config, folder: Path, tensors: dict[str, Stored]) -> Transformer:
-    """The model without memory for its weights: on torch's "meta" device."""
-    layers = {layer for full in tensors for layer in re.findall(r"^\D+\.(\d+)\.", full)}
-    if len(layers) != config.n_layers:          # asked first: to build 10^7 layers takes hours
-        raise UserError(f"{folder}: config.json says {config.n_layers} layers, the tensors are of "
-                        f"{len(layers)}")
-    try:
-        with torch.device("meta"):
-            return Transformer(config)
-    except RuntimeError as error:               # two sizes whose product overflows
-        raise UserError(f"{folder / 'config.json'}: impossible sizes: {error}") from None
-
-
-def match(model: Transformer, tensors: dict[str, Stored], folder: Path) -> dict[str, list[str]]:
-    """places() of this model: every tensor has one, every place a tensor, and the shapes agree."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    plan = places(model.config, set(shapes))
-    if set(plan) != set(tensors):
-        raise UserError(f"{folder}: the tensors do not fit config.json: "
-                        f"missing {some(set(plan) - set(tensors)) or 'none'}; "
-                        f"unexpected {some(set(tensors) - set(plan)) or 'none'}")
-    for full, tensor in tensors.items():
-        shape = (sum(shapes[ours][0] for ours in plan[full]), *shapes[plan[full][0]][1:])
-        shape = shape[::-1] if is_conv1d(full) else shape
-        if tensor.shape != shape:
-            raise UserError(f"{tensor.path}: {tensor.name} has the shape {tensor.shape}, "
-                            f"config.json asks for {shape}")
-        if tensor.dtype not in DTYPES.values():
-            raise UserError(f"{tensor.path}: {tensor.name} is not of {', '.join(DTYPES)}")
-    return plan
-
-
-# ---- save
-def save_pretrained(model: Transformer, path: str | Path) -> None:
-    """Writes config.json and model.safetensors, which load_pretrained and transformers read.
-
-    UserError: adapters that are not merged, or a Config that the family's format cannot say.
-    """
-    config, path, state = model.config, Path(path), model.state_dict()
-    plan = places(config, set(state))
-    odd = set(state) - {name for names in plan.values() for name in names}
-    if odd:
-        raise UserError(f"{path}: the model has adapters, merge(model) before saving it; or it is "
-                        f"no {config.model_type}: {some(odd)}")
-    for name, tensor in state.items():
-        refuse_not_finite(tensor, f"{path}: {name}")
-    raw = describe(config, model.embed.weight.dtype)
-    read_back = asdict(parse_config(raw))
-    lost = [name for name, value in asdict(config).items() if read_back[name] != value]
-    if lost:
-        raise UserError(f"{path}: a {config.model_type} config.json cannot say this {some(lost)}")
-    tensors = {}
-    for full, names in plan.items():
-        parts = [state[name] for name in names]
-        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        tensors[full] = (whole.t() if is_conv1d(full) else whole).contiguous()
-    with atomic_write(path / "model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with atomic_write(path / "config.json") as temporary:
-        temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-
-
-def texts_of(source: str | Path) -> list[Path]:
-    """The tokenizer's files and the generation settings, which merging does not change.
-
-    UserError: a link that leads out of the folder (the hub's cache links to its own blobs).
-    """
-    folder = find_folder(source).resolve()
-    home = folder.parent.parent if folder.parent.name == "snapshots" else folder
-    files = sorted({found for pattern in TEXTS for found in folder.glob(pattern)})
-    for file in files:
-        if home not in file.resolve().parents:
-            raise UserError(f"{file}: a link that leads out of the folder")
-    return files
-
-
-# ---- the command
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
 from lora import AdapterLinear, check_whole
+from support.errors import UserError
 
 
 def warmup_length(total_steps: int, update_warmup: int) -> int:

@@ -11,48 +11,16 @@ it does not know that another seed would have trained another model.
 import json
 import math
 from argparse import Namespace
-from collections import defaultdict
 
-import torch
-
-from common import (Parser, UserError, atomic_write, default_device, device, exit_on_user_error,
-                    flag, new_file)
-from convert import load_pretrained
 from data import OPTIONS, TASKS, load_task, options_in
-from data.task import Example, Scores, Task, data_fingerprint, evenly, opening
-from distributed import rank, start
+from data.task import BATCH_SIZE, Example, Scores, data_fingerprint, opening, score
+from formats.checkpoint import MAX_LENGTH, open_model
 from generate import generate
-from run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
-
-MAX_LENGTH, BATCH_SIZE = 256, 128       # tokens of an example; texts that are scored at once
-
-
-def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtype):
-    """-> the model in that dtype, its tokenizer, and max_length (None: MAX_LENGTH), which is at
-    most the model's positions. UserError: no such model, or one without a tokenizer."""
-    model, tokenizer = load_pretrained(path, dtype, device)
-    if tokenizer is None:
-        raise UserError(f"{path}: the folder holds no tokenizer")
-    return model, tokenizer, min(max_length or MAX_LENGTH, model.config.max_positions)
-
-
-def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
-          batch_size: int = BATCH_SIZE) -> Scores:
-    """Of a task's split, or of at most `max_eval` of its examples."""
-    return task.score(model, tokenizer, sample(getattr(task, split), max_eval), batch_size)
-
-
-def sample(examples: list, n: int | None) -> list:
-    """n examples, as many of each group where it has them, evenly spread (at least one of each);
-    None: all."""
-    if n is None or n >= len(examples):
-        return examples
-    groups = defaultdict(list)
-    for example in examples:
-        groups[getattr(example, "group", "")].append(example)
-    share = max(1, n // len(groups))
-    return [group[i] for group in groups.values()
-            for i in evenly(min(share, len(group)), len(group))]
+from support.errors import UserError, exit_on_user_error
+from support.files import atomic_write, new_file
+from support.parser import Parser, default_device, device, flag
+from support.processes import rank, start
+from support.run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
 
 
 def interval(share: float, n: int) -> tuple[float, float]:

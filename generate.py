@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from common import UserError
+from support.errors import UserError
 
 
 def generate(model, prompts: list[list[int]], max_new_tokens: int, beams: int = 1,

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
+from support.errors import UserError
 
 
 def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import UserError
 from lora import LoRALinear, check_whole
+from support.errors import UserError
 
 
 def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from adalora import AdaLoRALinear
-from common import UserError, atomic_write, refuse_not_finite
 from dora import DoRALinear
 from dual_lora import DualLoRALinear
 from lora import AdapterLinear, LoRALinear
 from lora_dash import LoRADashLinear
+from support.errors import UserError, refuse_not_finite
+from support.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,12 @@ def _replace(model, new):
 def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
     """Module path -> adapter layer, each layer once; empty for `full` and when merged."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdapterLinear)}
+
+
+def contract(model) -> tuple[type[AdapterLinear], list[AdapterLinear]]:
+    """The method's class and its layers; for `full` the contract itself, which does nothing."""
+    layers = list(adapters(model).values())
+    return (type(layers[0]) if layers else AdapterLinear), layers
 
 
 @torch.no_grad()

@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from generate import generate  # noqa: F401  (in its own file, a part of this module)
-
 
 @dataclass
 class Config:

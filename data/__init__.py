@@ -4,9 +4,10 @@ import inspect
 from argparse import Namespace
 from functools import partial
 
-from common import UserError, flag, nearest
 from data import commonsense, e2e, facts, glue, mini, text
 from data.task import Task
+from support.errors import UserError, nearest
+from support.parser import flag
 
 TASKS = {
     "facts": facts.load,

@@ -17,9 +17,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import UserError
 from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_prompt,
                        encode_targets, parse_json, read_text, shares, spread, write)
+from support.errors import UserError
 
 SETS = {    # folder -> the papers' name
     "boolq": "BoolQ", "piqa": "PIQA", "social_i_qa": "SIQA", "hellaswag": "HellaS",

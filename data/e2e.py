@@ -34,12 +34,11 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from common import UserError
 from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
                        write)
 from data.text_metrics import text_scores
-from data.world import (RELATIONS, VERSION, World, attributes, described, draw, pick_one,
-                        shuffled)
+from data.world import RELATIONS, VERSION, World, attributes, described, draw, pick_one, shuffled
+from support.errors import UserError, require
 
 # As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most); where
 # a tokenizer cuts words finer, as many new tokens as the longest training text takes.
@@ -47,6 +46,7 @@ NEW_TOKENS = 64
 # LoRA's paper; its README has 0.8. It matters with beams only.
 LENGTH_PENALTY = 0.9
 
+PACKAGES = ("sacrebleu", "nltk", "rouge_score")          # of the metrics
 FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
          "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
 # The attributes whose names differ between the challenge's files and LoRA's.
@@ -84,6 +84,7 @@ class E2E(Task):
 # ---- the challenge
 def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
     """UserError: a file that is missing or empty; a wrong line, with its number."""
+    require(*PACKAGES)
     folder = Path(data_dir)
     kind = next((kind for kind, names in FILES.items() if (folder / names[0]).exists()), None)
     if kind is None:
@@ -183,6 +184,7 @@ ALSO = ("What is more,", "Besides,", "And there is more:")
 
 def load_mini(tokenizer, max_length: int, beams: int = 1) -> Task:
     """The same task in every run: a run's --seed changes nothing of it."""
+    require(*PACKAGES)
     world, rng = World(), random.Random(f"mini-e2e {VERSION}")
     subjects = shuffled(rng, [*product(["person"], world.people),
                               *product(["place"], world.places)])

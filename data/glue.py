@@ -22,8 +22,8 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from common import UserError
 from data.task import Example, Scores, Task, choice_losses, encode_targets, numbered_lines, spread
+from support.errors import UserError, require
 
 
 # ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
@@ -63,7 +63,7 @@ def spearman(gold: Sequence[float], said: Sequence[float]) -> float:
 def correlation(kind: str, gold: Sequence[float], said: Sequence[float]) -> float:
     """In [-1, 1]. Where one side is constant it is undefined; a model that says the same of every
     pair tells nothing about them, so it scores 0."""
-    from scipy import stats         # takes most of a second, and only this set needs it
+    from scipy import stats  # takes most of a second, and only this set needs it
     if min(gold) == max(gold) or min(said) == max(said):
         return 0.0
     return float(getattr(stats, kind)(gold, said).statistic)
@@ -237,6 +237,8 @@ def grade(label: str, where: str) -> float:
 def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
     """name: one of SETS. UserError: a folder without the set's files, or a wrong line in one."""
     spec, folder = SETS[name], Path(data_dir)
+    if spec.graded:
+        require("scipy")
     for layout in spec.layouts:
         if all((folder / file).is_file() for file in layout.files()):
             break

@@ -4,6 +4,7 @@ what does it write. Each task family has its own file beside this one.
 """
 import hashlib
 import json
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from common import UserError
-from distributed import completed, rank, world
 from generate import generate
+from support.errors import UserError
+from support.processes import completed, rank, world
+
+BATCH_SIZE = 128        # texts that are scored at once, where a command names no other
 
 
 @dataclass(frozen=True)
@@ -290,6 +293,25 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
         for i, ids in zip(indices, new):
             texts[i] = tokenizer.decode(ids)
     return completed(texts)
+
+
+def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
+          batch_size: int = BATCH_SIZE) -> Scores:
+    """Of a task's split, or of at most `max_eval` of its examples."""
+    return task.score(model, tokenizer, sample(getattr(task, split), max_eval), batch_size)
+
+
+def sample(examples: list, n: int | None) -> list:
+    """n examples, as many of each group where it has them, evenly spread (at least one of each);
+    None: all."""
+    if n is None or n >= len(examples):
+        return examples
+    groups = defaultdict(list)
+    for example in examples:
+        groups[getattr(example, "group", "")].append(example)
+    share = max(1, n // len(groups))
+    return [group[i] for group in groups.values()
+            for i in evenly(min(share, len(group)), len(group))]
 
 
 def read_text(path: str | Path) -> str:

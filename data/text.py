@@ -3,9 +3,9 @@ line with "prompt" and "target"). Of either, the last two tenths are held out, i
 one for validation, one for the test score."""
 import math
 
-from common import UserError
 from data.task import (Example, Scores, Sequence, Task, encode_all, numbered_lines, opening,
                        parse_json, read_text, score_targets, split_file)
+from support.errors import UserError
 
 
 class Text(Task):

@@ -1,13 +1,29 @@
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from convert import load_pretrained
+from formats.checkpoint import load_pretrained
 
 ROOT = Path(__file__).parents[1]
+NEEDED = "needs public files"
 BASE = ROOT / "data" / "base"
-SHARED = ROOT.parent / "shared" / "data"        # public files, where they are
+# Public files, where they are: LORA_TEST_DATA names another place.
+SHARED = Path(os.environ.get("LORA_TEST_DATA", ROOT.parent / "shared" / "data"))
+
+
+def needs(place: Path):
+    """A mark: the test is skipped where the public files of `place` are not there."""
+    return pytest.mark.skipif(not place.exists(), reason=NEEDED)
+
+
+def pytest_terminal_summary(terminalreporter):
+    lacking = sum(NEEDED in str(report.longrepr) for report in
+                  terminalreporter.stats.get("skipped", []))
+    if lacking:
+        terminalreporter.write_line(f"{lacking} tests were skipped for want of public files in "
+                                    f"{SHARED} (LORA_TEST_DATA)")
 
 
 @pytest.fixture(scope="session")

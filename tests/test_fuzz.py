@@ -13,21 +13,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from conftest import BASE
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import run
-import train
-from common import UserError
-from conftest import BASE
-from convert import load_pretrained, save_pretrained
 from data import load_task
 from data.commonsense import read_template
+from formats.checkpoint import load_pretrained, save_pretrained
+from formats.peft import export_peft, import_peft
+from formats.tokenizer import load_tokenizer
 from methods import inject, load, param_groups, save
 from model import Config, Transformer
-from peft_files import export_peft, import_peft
-from tokenizer import load_tokenizer
-from train import Run
+from support import flags as flags_of_train
+from support import run
+from support.errors import UserError
+from support.run import Run
 
 fuzzed = settings(max_examples=int(os.environ.get("FUZZ", 120)), deadline=None, database=None,
                   derandomize="FUZZ" not in os.environ,
@@ -234,8 +235,8 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
     model = inject(load_pretrained(files / "llama")[0], "lora", ["q"], rank=2)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1))
     with tempfile.TemporaryDirectory() as place:
-        args = train.parse(["--method", "dora"])
-        train.resolve(args)
+        args = flags_of_train.parse(["--method", "dora"])
+        flags_of_train.resolve(args)
         vars(args).update(steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
                           max_length=64, command="python train.py --method dora")
         content = json.dumps({"args": vars(args), "before": None, "versions": {}})
@@ -255,8 +256,8 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
 
 def reread(folder):
     """What --resume makes of a config.json before it loads anything."""
-    args = run.resumed(train.parse(["--resume", "--out", folder]))
-    train.verify(args)
+    args = run.resumed(flags_of_train.parse(["--resume", "--out", folder]))
+    flags_of_train.verify(args)
     return args
 
 

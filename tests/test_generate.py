@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-
-from common import UserError
-from generate import forbid_repeats, left_pad, sample
-from model import Config, Transformer, generate
 from reference import CONFIGS, VOCAB, checkpoint
+
+from generate import forbid_repeats, generate, left_pad, sample
+from model import Config, Transformer
+from support.errors import UserError
 
 families = pytest.mark.parametrize("family", CONFIGS)
 NEVER = 10 ** 6           # as eos: a token that no model writes

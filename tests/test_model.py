@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from conftest import SHARED, needs
+from reference import CONFIGS, LLAMA3_ROPE, VOCAB, checkpoint, random_model, some_tokens
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from conftest import SHARED
-from convert import load_pretrained
-from model import Config, Transformer, generate, rope_frequencies, rotate
-from reference import CONFIGS, LLAMA3_ROPE, VOCAB, checkpoint, random_model, some_tokens
+from formats.checkpoint import load_pretrained
+from generate import generate
+from model import Config, Transformer, rope_frequencies, rotate
 
 families = pytest.mark.parametrize("family", CONFIGS)
 
@@ -214,7 +215,7 @@ def test_the_same_generator_starts_the_same_model():
 
 # ---- a real trained model that nobody in the project wrote
 
-stories = pytest.mark.skipif(not (SHARED / "stories260K").is_dir(), reason="needs ../shared/data")
+stories = needs(SHARED / "stories260K")
 
 
 @stories

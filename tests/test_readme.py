@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from common import UserError
 from methods import METHODS
-from run import read_config
+from support.errors import UserError
+from support.run import read_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -13,20 +13,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import BASE
+from runs import assert_eval_repeats, refused, result_of
 from safetensors.torch import load_file, save_file
 
 import convert
 import eval as evaluation
 import train
-from common import UserError
-from conftest import BASE
-from convert import load_pretrained
 from data.task import Scores
 from data.world import VERSION
+from experiments.results import read_run
+from formats.checkpoint import load_pretrained
 from methods import METHODS, inject, load
-from results import read_run
-from run import Run
-from runs import assert_eval_repeats, refused, result_of
+from support import flags as flags_of_train
+from support.errors import UserError
+from support.run import Run
 from train import batch_at, lr_factor, slices
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
@@ -110,7 +111,7 @@ def items():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, capsys):
-    train.main(["--method", method, *items, "--steps", "20", "--batch-size", "24"])
+    train.main(["--method", method, *items, "--steps", "40", "--batch-size", "24"])
     result = result_of("run")
     assert result["after"]["loss"] < 0.8 * result["before"]["loss"]
     assert_eval_repeats(capsys)
@@ -510,7 +511,7 @@ def test_memory_that_is_not_there_is_one_line():
 
 @pytest.mark.parametrize("method", ["lora", "dora"])
 def test_training_goes_on_from_adapters_that_peft_saved(method, base, capsys):
-    from peft_files import export_peft
+    from formats.peft import export_peft
     model = inject(load_pretrained(BASE)[0], method, ["q", "up"], rank=3, alpha=5)
     for name, p in model.named_parameters():
         if name.endswith(".B"):
@@ -764,7 +765,7 @@ def test_a_changed_test_part_is_refused_by_resume_and_by_eval(items, capsys, mon
 
 
 def test_another_model_s_fingerprint_differs_though_a_sample_is_read():
-    from run import fingerprint
+    from support.run import fingerprint
     tensors = {"a": torch.randn(300, 500), "b": torch.randn(7)}
     whole = fingerprint(tensors, torch.float32)
     assert whole == fingerprint({name: tensors[name].clone() for name in "ba"}, torch.float32)
@@ -802,7 +803,7 @@ def test_another_model_gets_the_method_s_rate_for_large_models_and_says_so(metho
     assert lr == METHODS[method].large_lr < METHODS[method].lr
     whose = METHODS[method].large_lr_from
     assert f"learning rate {lr:g} ({whose} for large models)" in capsys.readouterr().out
-    assert train.default_lr(method, str(BASE)) == METHODS[method].lr
+    assert flags_of_train.default_lr(method, str(BASE)) == METHODS[method].lr
 
 
 def test_the_facts_follow_the_seed_unless_they_are_asked_for():

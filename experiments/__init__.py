@@ -1,0 +1,10 @@
+"""What was measured and how. Its packages are looked for at once, before any work starts."""
+import sys
+
+from support.errors import UserError, require
+
+try:
+    require("matplotlib", "PIL", "scipy")
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

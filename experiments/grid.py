@@ -1,0 +1,171 @@
+"""The runs of a sweep: from its flags to the commands of train.py."""
+from argparse import Namespace
+from collections import Counter
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from experiments.results import read_run
+from methods import METHODS
+from support import flags as train_flags
+from support.errors import UserError, nearest
+from support.parser import Parser, flag
+from support.run import saved_flags, visible
+
+VARIED = {"method": "methods", "rank": "ranks", "lr": "lrs", "seed": "seeds"}
+WHOLE = {"ranks": int, "seeds": int, "search_seeds": int}
+FIXED = ("out", "overwrite", "resume", "from_peft", "epochs", "task")        # not to be varied
+
+
+class Setting(NamedTuple):
+    """What a row of the table is about; None: the method has no rank, or does not use the flag."""
+    method: str
+    rank: str | None
+    varied: tuple[tuple[str, str | None], ...]      # (flag's name, value)
+
+
+class Trial(NamedTuple):
+    """A run that is to be."""
+    setting: Setting
+    lr: str
+    seed: str
+    folder: Path
+    flags: list[str]            # for train.py
+
+
+def parse(argv: list[str] | None, doc: str = "") -> tuple[Namespace, list[str]]:
+    """-> our flags, and those for train.py."""
+    parser = Parser(doc)
+    parser.add_argument("--methods", required=True, help=f"comma-separated: {', '.join(METHODS)}")
+    parser.add_argument("--ranks", help="budgets (8); full has none")
+    parser.add_argument("--lrs", default="x0.5,x1,x2",
+                        help="learning rates; x2 is twice the method's own (x0.5,x1,x2)")
+    parser.add_argument("--seeds", default="0", help="(0)")
+    parser.add_argument("--search-seeds", help="of these, the ones that every learning rate runs "
+                        "with; the others run with the chosen rate alone (all)")
+    parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B",
+                        help="another flag of train.py, and its values; yes and no for a switch")
+    parser.add_argument("--one-at-a-time", action="store_true", help="the defaults, and each value "
+                        "of --vary with all else at its default, instead of every combination")
+    parser.add_argument("--metric", help="to choose and compare by (the task's main one)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
+    parser.add_argument("--out", default="runs/sweep", help="the folder of all runs (runs/sweep)")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args, rest = parser.parse_known_args(argv)
+    given = train_flags.parse(rest)
+    for name in ("overwrite", "resume", "from_peft"):
+        if getattr(given, name):
+            raise UserError(f"{flag(name)}: not in a sweep")
+    for name, plural in VARIED.items():
+        if getattr(given, name) is not None:
+            raise UserError(f"--{name}: give --{plural}, comma-separated")
+    args.model = given.model or str(train_flags.BASE)
+    args.vary = [varied(text, given) for text in args.vary]
+    for name, times in Counter(name for name, _ in args.vary).items():
+        if times > 1:
+            raise UserError(f"--vary {name}: given twice; its values are comma-separated")
+    args.search_seeds = args.search_seeds or args.seeds
+    for name in (*VARIED.values(), "search_seeds"):
+        if getattr(args, name) is not None:
+            setattr(args, name, values(flag(name), getattr(args, name), WHOLE.get(name, str)))
+    for method in args.methods:
+        if method not in METHODS:
+            raise UserError(f"--methods {method}: unknown{nearest(method, METHODS)}")
+    for name, _ in args.vary:
+        if all(name in train_flags.unused_flags(method) for method in args.methods):
+            raise UserError(f"--vary {name}: no method of --methods uses it")
+    for seed in args.search_seeds:
+        if seed not in args.seeds:
+            raise UserError(f"--search-seeds {seed}: not one of --seeds")
+    if not args.out:
+        raise UserError("--out: is empty")
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: must be at least 1")
+    return args, rest
+
+
+def values(name: str, text: str, kind: type = str) -> list[str]:
+    """The values of a comma-separated list, each once: 0,00 is one seed."""
+    found = [value.strip() for value in text.split(",")]
+    if "" in found:
+        raise UserError(f"{name} {text}: a value is missing")
+    try:
+        return list(dict.fromkeys(str(kind(value)) for value in found))
+    except ValueError:
+        raise UserError(f"{name} {text}: not whole numbers") from None
+
+
+def varied(text: str, given: Namespace) -> tuple[str, list[str]]:
+    """init-std=0.03,0.06 -> init_std, [0.03, 0.06]"""
+    name, _, listed = text.partition("=")
+    name = name.replace("-", "_")
+    known = vars(given).keys() - set(VARIED) - set(FIXED)
+    if name not in known:
+        raise UserError(f"--vary {text}: train.py has no such flag to vary" + nearest(name, known))
+    if getattr(given, name) is not None:
+        raise UserError(f"--vary {text}: {flag(name)} is given for all runs, too")
+    return name, values(f"--vary {name}", listed)
+
+
+def settings(args: Namespace) -> list[Setting]:
+    """Each combination once: a flag that a method does not use does not multiply its runs."""
+    combinations = list(product(*(listed for _, listed in args.vary)))
+    if args.one_at_a_time:
+        default = [None] * len(args.vary)
+        combinations = [default] + [default[:i] + [value] + default[i + 1:]
+                                    for i, (_, listed) in enumerate(args.vary) for value in listed]
+    found = {}
+    for method, rank, combination in product(args.methods, args.ranks or ["8"], combinations):
+        unused = train_flags.unused_flags(method)
+        own = tuple((name, None if name in unused else value)
+                    for (name, _), value in zip(args.vary, combination))
+        found[Setting(method, None if "rank" in unused else rank, own)] = None
+    return list(found)
+
+
+def rates(method: str, model: str, lrs: list[str]) -> list[str]:
+    """The learning rates with each xN made N times the method's own on that model."""
+    own, found = train_flags.default_lr(method, model), {}
+    for lr in lrs:
+        try:
+            rate = own * float(lr[1:]) if lr[0] == "x" else float(lr)
+            found[f"{rate:g}"] = None       # one name a rate: 0.01 and 1e-2 are the same run
+        except ValueError:
+            raise UserError(f"--lrs {lr}: neither a learning rate nor x and a number") from None
+    return list(found)
+
+
+def typed(name: str, value: str) -> str:
+    """As train.py takes it: --alpha=32, and for a switch --no-clip or --norm-gradient."""
+    return {"yes": flag(name), "no": flag(f"no_{name}")}.get(value, f"{flag(name)}={value}")
+
+
+def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
+    """UserError: what train.py refuses before it loads model and data; a run in the folder that
+    has other flags, or is finished and damaged."""
+    own = {"method": setting.method, "rank": setting.rank, "lr": lr, "seed": seed}
+    flags = [part for name, value in own.items() if value is not None
+             for part in (f"--{name}", value)]
+    marks = [setting.method, *([f"r{setting.rank}"] if setting.rank else [])]
+    for name, value in setting.varied:
+        if value is not None:
+            flags.append(typed(name, value))
+            marks.append(f"{name}{value}")
+    task = train_flags.parse(rest).task or "facts"
+    name = "-".join([task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
+    folder = Path(args.out, name)
+    flags += [*rest, "--out", str(folder), "--resume"]
+    given = train_flags.parse(flags)
+    train_flags.check(given)
+    if visible(folder):
+        saved_flags(given)
+        read_run(folder)
+    train_flags.resolve(given)
+    return Trial(setting, lr, seed, folder, flags)
+
+
+def search_of(args: Namespace, rest: list[str]) -> list[Trial]:
+    """Every learning rate of every setting, with the search's seeds."""
+    return [trial(setting, lr, seed, args, rest) for setting in settings(args)
+            for lr in rates(setting.method, dict(setting.varied).get("model", args.model), args.lrs)
+            for seed in args.search_seeds]

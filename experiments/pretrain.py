@@ -1,0 +1,255 @@
+"""Trains data/base, the small LLaMA-style model that ships, on text about the built-in world.
+
+    python -m experiments.pretrain                    the shipped base, from nothing
+    python -m experiments.pretrain --steps 200 --out /tmp/base  a quick look
+A killed run goes on from its last checkpoint: a step's text depends on the seed and the step alone.
+Documents stand alone in their rows, and of questions the loss counts the answers only.
+
+For a model of this size to compare and look up what it has just written, beside knowing facts:
+    the words of values are a token each    the same word twice is the same token twice
+    queries start as keys (init_weights)    heads that see equal tokens from the first step
+    drills, most in the first 3,000 steps   rules on random tokens, beside the text
+    answers say what they rest on           "Ada Kelsen lives in Brenham, so no."
+When such a skill forms is luck. In the run that ships (seed 0, 50 minutes on one core) yes/no
+and labels had left chance by step 2,000, `same` had not in the end, and `which` a little on the
+people that were asked about (0.65), not on others; with --seed 1 none had by step 3,000.
+"""
+import hashlib
+import json
+import math
+import random
+import re
+import tempfile
+import time
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.commonsense import read_template
+from data.mini import MATCH, splits
+from data.task import Example, Sequence, collate, encode, recall, target_loss
+from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze, documents, pick_one,
+                        question)
+from formats.checkpoint import save_pretrained
+from formats.tokenizer import load_tokenizer, save_ranks, train_bpe
+from model import Config, Transformer
+from support.errors import UserError, exit_on_user_error
+from support.files import atomic_write
+from support.parser import Parser
+from support.run import ROOT
+
+VOCAB = 2722                            # byte-level BPE, as many pieces as the text gives, bos, eos
+TOKENS, LENGTH = 2048, 256              # tokens a step, and of a document at most
+PEAK_LR, WARMUP = 2e-3, 100
+START_STEPS, DRILL_WEIGHT = 3000, 0.3   # steps of the first phase, and the weight of each drill
+EVERY = 500                             # steps between checkpoints
+
+
+def config() -> Config:
+    return Config(vocab_size=VOCAB, d_model=128, n_layers=4, n_heads=4, n_kv_heads=4, head_dim=32,
+                  d_ff=352, max_positions=512, bos=VOCAB - 2, eos=[VOCAB - 1])
+
+
+def init_weights(model: Transformer, seed: int) -> None:
+    """N(0, 1 / fan_in), what writes to the residual stream divided by sqrt(2 layers); W_q = W_k.
+
+    With W_q = W_k a head attends to tokens equal to its own from the first step, which is how
+    equality is seen; without, it took much longer to form. After "Mimetic initialization of
+    self-attention layers" (Trockman & Kolter 2023, arXiv 2305.09828), which adds a multiple of
+    the identity to W_q^T W_k.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            out = name.endswith(("attn.o.weight", "mlp.down.weight"))
+            std = (weight.shape[1] * (2 * model.config.n_layers if out else 1)) ** -0.5
+            torch.nn.init.normal_(weight, std=std, generator=generator)
+    for layer in model.layers:
+        layer.attn.k.weight.data.copy_(layer.attn.q.weight)
+
+
+def pieces(world: World) -> dict[bytes, int]:
+    """The tokenizer's ranks, learnt on documents, the training items of `mini` and all values.
+
+    Without BoolQ's two words: they came when the base was trained, and are spelt from pieces.
+    """
+    items = [*documents(world, random.Random("tokenizer"), 20000),
+             *((e.prompt, e.target) for e in splits(read_template(None))["train"]),
+             *(("", f" {value}") for relation in KIND for value in world.options(relation))]
+    learnt = "\n".join(prompt + target for prompt, target in items)
+    return train_bpe(re.sub("|".join(MATCH), "", learnt), VOCAB - 2)
+
+
+def text(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
+    """One step's documents."""
+    rng, sequences, size = random.Random(f"pretrain-{seed}-{step}"), [], 0
+    stream = documents(world, rng, 10 ** 9, START if step < START_STEPS else MIX)
+    while size < TOKENS:
+        sequences.append(encode(Example(*next(stream)), tokenizer, LENGTH))
+        size += len(sequences[-1].tokens)
+    return sequences
+
+
+def parts(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences of similar length together, so that little of a batch is padding."""
+    groups: list = []
+    for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
+        n = len(sequence.tokens)
+        if not groups or n > 1.3 * len(groups[-1][0].tokens) + 4 or n * len(groups[-1]) > 2500:
+            groups.append([])
+        groups[-1].append(sequence)
+    return groups
+
+
+def drills(seed: int, step: int) -> list[tuple[Tensor, Tensor]]:
+    """Random tokens under three rules -> (tokens, is_target) of each, as collate() gives them.
+
+    repeat   32 tokens, then the same again (the first of these nothing tells)
+    label    four times a label and a token, then one of the tokens again and its label
+    double   five tokens, then whether the fifth is one of the first four
+    The loss counts what a rule decides. `label` and `double` come 8 and 16 times a row. After
+    START_STEPS `repeat` goes on at every fourth step: without it the tokens that are never a target
+    in the text become one and the same vector, and an adapter cannot make the model write them.
+    """
+    if step >= START_STEPS and step % 4:
+        return []
+    g = torch.Generator().manual_seed(seed * 10 ** 6 + step)
+    marks = VOCAB - 9                   # the last seven before bos stand for labels and verdicts
+
+    def tokens(end: int, *shape: int) -> Tensor:
+        return torch.randint(0, end, shape, generator=g)
+
+    def rows(blocks: Tensor, counted: slice) -> tuple[Tensor, Tensor]:
+        is_target = torch.zeros_like(blocks, dtype=torch.bool)
+        is_target[..., counted] = True
+        return blocks.flatten(1), is_target.flatten(1)
+
+    half = tokens(VOCAB - 2, 16, 1, 32)
+    repeat = rows(torch.cat([half, half], 2), slice(33, None))
+    if step >= START_STEPS:
+        return [repeat]
+    listed, five = tokens(marks, 8, 8, 4), tokens(marks, 8, 16, 5)
+    place = torch.randint(0, 4, (8, 8, 1), generator=g)
+    labels = torch.arange(marks, marks + 4).expand(8, 8, 4)
+    pairs = torch.stack([labels, listed], 3).flatten(2)
+    asked = torch.cat([torch.full((8, 8, 1), marks + 4), listed.gather(2, place)], 2)
+    one = torch.randint(0, 4, (8, 16, 1), generator=g)
+    is_double = torch.rand(8, 16, 1, generator=g) < 0.5
+    five[..., 4:] = torch.where(is_double, five.gather(2, one), five[..., 4:])
+    verdict = torch.where(is_double, marks + 5, marks + 6)
+    return [repeat, rows(torch.cat([pairs, asked, place + marks], 2), slice(-1, None)),
+            rows(torch.cat([five, verdict], 2), slice(-1, None))]
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Linear warm-up, then half a cosine down to a tenth of the peak."""
+    if step < WARMUP:
+        return PEAK_LR * (step + 1) / WARMUP
+    share = (step - WARMUP) / max(1, steps - WARMUP)
+    return PEAK_LR * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+
+
+def report(model: Transformer, tokenizer, world: World) -> dict[str, float]:
+    """Share of items that the model writes exactly: of all statements and open questions the value,
+    of 200 questions of each other kind on taught and on untaught people what the answer rests on,
+    and the answer after that."""
+    examples, untaught, rng = [], set(world.untaught), random.Random("report")
+    for fact in world.facts:
+        who = "untaught" if fact.subject in untaught else "taught"
+        examples += [Example(*cloze(fact, i), group=f"statement {i}") for i in range(5)]
+        examples += [Example(*question(fact, i), group=f"question, {who}") for i in range(3)]
+    for who, kind in product(("taught", "untaught"), ("yes_no", "same", "which", "choice",
+                                                      "two_hop")):
+        relations = ("home", "pet") if kind == "two_hop" else ("home", "job", "pet", "food")
+        for _ in range(200):
+            fact = world.known[pick_one(rng, getattr(world, who)), pick_one(rng, relations)]
+            prompt, target = QUESTIONS[kind][0](world, fact, rng)
+            reason, so, answer = re.split("(, so(?: the answer is)?)", target)
+            examples += [Example(prompt, reason, group=f"{kind} rests, {who}"),
+                         Example(prompt + reason + so, answer, group=f"{kind}, {who}")]
+    return recall(model, tokenizer, examples, batch_size=256, max_length=LENGTH).values
+
+
+def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None:
+    save_pretrained(model, folder)
+    save_ranks(ranks, folder / "base.tiktoken")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps of 2,048 tokens")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the text")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "base", help="folder to write")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least 1")
+    if not 0 <= args.seed < 2 ** 32:
+        raise UserError(f"--seed {args.seed}: from 0 to 2^32 - 1")
+    world = World()
+    ranks = pieces(world)
+    model = Transformer(config())
+    init_weights(model, args.seed)
+    with tempfile.TemporaryDirectory() as folder:       # an earlier base stays until the last step
+        save_base(model, ranks, Path(folder))
+        tokenizer = load_tokenizer(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
+                                  fused=True)
+    checkpoint, first = args.out / "pretrain.pt", 0
+    recipe = list(ranks), config(), START, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
+    run = {"seed": args.seed, "steps": args.steps, "world": VERSION,
+           "recipe": hashlib.sha256(repr(recipe).encode()).hexdigest()}
+
+    def save(step: int) -> None:
+        with atomic_write(checkpoint) as path:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": step, "run": run}, path)
+
+    if checkpoint.exists():
+        try:
+            state = torch.load(checkpoint, weights_only=True)
+            theirs, first = state["run"], state["step"]
+        except Exception:                   # a broken file can break its reader in any way
+            raise UserError(f"{checkpoint}: cannot be read; delete it to begin anew") from None
+        if theirs != run:
+            raise UserError(f"{checkpoint}: of --seed {theirs['seed']} --steps {theirs['steps']}, "
+                            f"or of another text; delete it to begin anew")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    save(first)                             # tells now, not in some minutes, that it cannot write
+
+    start, bar = time.time(), tqdm(range(first, args.steps), initial=first, total=args.steps,
+                                   unit="step")
+    for step in bar:
+        sequences, loss = text(world, tokenizer, args.seed, step), 0.0
+        n = sum(len(s.tokens) - s.start for s in sequences)
+        for part in parts(sequences):
+            share = target_loss(model, *collate(part)) / n
+            share.backward()
+            loss += share.item()
+        for tokens, is_target in drills(args.seed, step):
+            (DRILL_WEIGHT * target_loss(model, tokens, is_target) / is_target.sum()).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args.steps)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss:.3f}")
+        if (step + 1) % EVERY == 0 and step + 1 < args.steps:
+            known = report(model, tokenizer, world)
+            tqdm.write(f"step {step + 1}  loss {loss:.3f}  " + json.dumps(
+                {name: round(share, 3) for name, share in known.items()}))
+            save(step + 1)
+    save_base(model, ranks, args.out)
+    checkpoint.unlink(missing_ok=True)
+    print(f"last loss {loss:.3f}, {time.time() - start:.0f} s")
+    for name, share in report(model, tokenizer, world).items():
+        print(f"{name:24} {share:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Finished runs: reading them, which of them to compare, and what a difference is worth."""
+import json
+import math
+from argparse import Namespace
+from collections import defaultdict
+from dataclasses import dataclass
+from numbers import Real as Number
+from pathlib import Path
+from statistics import fmean, stdev, variance
+from types import NoneType
+
+from scipy.stats import t as student
+
+from support.errors import UserError
+from support.run import finished, read_flags
+
+AVERAGE = "Avg."            # what a task of several sets calls the column over all of them
+LOWER_IS_BETTER = ("loss", "perplexity")
+OF_ONE_RUN = ("lr", "seed", "out", "command", "resume", "overwrite", "save_every", "snapshot_every",
+              "eval_every", "eval_batch_size")      # flags; the last four do not change the run
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A finished run."""
+    folder: Path
+    args: Namespace         # its resolved flags
+    result: dict            # result.json
+    log: list[dict]         # a line a step
+
+    @property
+    def setting(self) -> tuple:
+        """All flags but learning rate and seed: what a comparison compares. Of the model its
+        weights, wherever they lie."""
+        flags = vars(self.args) | {"model": self.result["base"]}
+        return tuple(sorted((name, str(value)) for name, value in flags.items()
+                            if name not in OF_ONE_RUN))
+
+
+def read_run(folder: str | Path) -> SavedRun | None:
+    """None: the folder holds no finished run. UserError: a damaged one."""
+    folder = Path(folder)
+    if not finished(folder):
+        return None
+    args = read_flags(folder)
+    path = folder / "result.json"
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        check(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict, trainable=int,
+              seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
+        check(result["valid"], **{name: Number for name in ["loss", *result["after"]]})
+        path = folder / "log.jsonl"
+        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for line in log:
+            check(line, step=int)
+            if "valid" in line:
+                check(line["valid"], loss=Number)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not what a run of this version leaves: {error}") from None
+    return SavedRun(folder, args, result, log)
+
+
+def check(found, **kinds) -> None:
+    """ValueError: not a dict that has these names, with values of these types."""
+    for name, kind in kinds.items():
+        if not isinstance(found, dict) or name not in found:
+            raise ValueError(f"has no {name}")
+        if not isinstance(found[name], kind):
+            raise ValueError(f"{name} is {found[name]!r}")
+
+
+def read_runs(folder: str | Path) -> list[SavedRun]:
+    """The finished runs in the folders of a folder, by name. UserError: there are none."""
+    runs = [run for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
+    if not runs:
+        raise UserError(f"{folder}: holds no folder of a finished run")
+    return runs
+
+
+def main_metric(result: dict) -> str:
+    """The metric that a task is judged by: its average, where it has one, else its first."""
+    names = list(result["after"])
+    return next((name for name in names if name.endswith(f"/{AVERAGE}")), names[0])
+
+
+def validation(run: SavedRun, metric: str) -> float:
+    """What learning rates are chosen by; more is better."""
+    value = run.result["valid"][metric]
+    return -value if metric in LOWER_IS_BETTER else value
+
+
+def chosen(runs: list[SavedRun], metric: str | None = None) -> dict[tuple, list[SavedRun]]:
+    """setting -> its runs with the learning rate that is best on validation, on average over seeds,
+    among the rates with the most seeds: a search may have tried others on fewer. UserError: the
+    same run twice."""
+    rates: dict[tuple, dict] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        of_rate = rates[run.setting][run.args.lr]
+        for other in of_rate:
+            if other.args.seed == run.args.seed:
+                raise UserError(f"{other.folder} and {run.folder} are the same run")
+        of_rate.append(run)
+
+    def quality(runs: list[SavedRun]) -> tuple[int, float]:
+        name = metric or main_metric(runs[0].result)
+        return len(runs), fmean(validation(run, name) for run in runs)
+
+    return {setting: sorted(max(of_rate.values(), key=quality), key=lambda run: run.args.seed)
+            for setting, of_rate in rates.items()}
+
+
+# ---- statistics
+def spread(numbers: list[float]) -> tuple[float, float | None, float | None]:
+    """Mean, standard deviation, and half the width of Student's 95 % interval of the mean; None:
+    a single number does not tell the last two."""
+    n, mean = len(numbers), fmean(numbers)
+    if n == 1:
+        return mean, None, None
+    sd = stdev(numbers)
+    return mean, sd, float(student.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """Mean of a minus mean of b, and the limits of its 95 % interval (Welch's: the two may spread
+    differently), infinite where a or b is a single number."""
+    mean = fmean(a) - fmean(b)
+    if min(len(a), len(b)) < 2:
+        return mean, -math.inf, math.inf
+    va, vb = variance(a) / len(a), variance(b) / len(b)
+    if va + vb == 0:
+        return mean, mean, mean
+    freedom = (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1))
+    half = float(student.ppf(0.975, freedom)) * math.sqrt(va + vb)
+    return mean, mean - half, mean + half
+
+
+def within_noise(a: list[float], b: list[float]) -> bool:
+    """The interval of their difference holds 0."""
+    _, low, high = difference(a, b)
+    return low <= 0 <= high

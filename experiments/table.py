@@ -1,0 +1,179 @@
+"""What a sweep came to: chosen learning rates, table.md, results.csv and three figures."""
+import csv
+from argparse import Namespace
+from pathlib import Path
+
+from experiments import analyze
+from experiments.grid import Setting, Trial, typed
+from experiments.plots import save_figure
+from experiments.results import (AVERAGE, LOWER_IS_BETTER, SavedRun, chosen, main_metric, read_run,
+                                 spread, within_noise)
+from support.errors import UserError, nearest
+from support.files import atomic_write
+from support.run import hardware
+
+Found = dict[Setting, list[SavedRun]]
+
+
+def collect(trials: list[Trial]) -> Found:
+    """The runs of each setting that are finished."""
+    found: Found = {}
+    for t in trials:
+        run = read_run(t.folder)
+        if run is not None:
+            found.setdefault(t.setting, []).append(run)
+    return found
+
+
+def best_rates(found: Found, metric: str) -> Found:
+    """Of each setting the runs with the learning rate that is best on validation. UserError: runs
+    of one setting that were begun with other defaults."""
+    best = {}
+    for setting, runs in found.items():
+        if len({run.setting for run in runs}) > 1:
+            unlike = next(run for run in runs if run.setting != runs[0].setting)
+            raise UserError(f"{unlike.folder} and {runs[0].folder} differ in more than learning "
+                            "rate and seed: a default has changed between them")
+        best[setting], = chosen(runs, metric).values()
+    return best
+
+
+def metric_of(found: Found, name: str | None) -> str:
+    """--metric, or the task's main one. UserError: the task does not have it."""
+    result = next(iter(found.values()))[0].result
+    known = result["after"].keys() & result["valid"].keys()
+    if name is not None and name not in known:
+        raise UserError(f"--metric {name}: the task has no such metric" + nearest(name, known))
+    return name or main_metric(result)
+
+
+def rows_of(best: Found, metric: str) -> list[dict[str, str]]:
+    """A row a setting. Of the settings of a rank the best mean is bold, and "~" stands where the
+    difference from it is within noise."""
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    scores = {setting: [sign * run.result["after"][metric] for run in runs]
+              for setting, runs in best.items()}
+    rows = []
+    for setting, runs in best.items():
+        first, n = runs[0], len(runs)
+        peers = [other for other in best if other.rank == setting.rank]
+        winner = max(peers, key=lambda other: spread(scores[other])[0])
+        shown = plus_minus(runs, metric, limits=True)
+        if len(peers) > 1 and setting == winner and n > 1:
+            shown = f"**{shown}**"
+        elif min(n, len(scores[winner])) > 1 and setting != winner:
+            shown += " ~" * within_noise(scores[setting], scores[winner])
+        peak = max(run.result["peak_memory_mb"] or 0 for run in runs)
+        seconds = sum(run.result["seconds"] for run in runs) / n
+        rows.append({
+            "method": setting.method, "rank": setting.rank or "",
+            **{name: value or "" for name, value in setting.varied},
+            "lr": f"{first.args.lr:g}", "seeds": str(n), metric: shown,
+            **{name: plus_minus(runs, name) for name in beside(first.result, metric)},
+            "trainable": f"{first.result['trainable']:,}", "s a run": f"{seconds:.0f}",
+            "peak MB": f"{peak:.0f}" if peak else ""})
+    return rows
+
+
+def plus_minus(runs: list[SavedRun], metric: str, limits: bool = False,
+               split: str = "after") -> str:
+    """Mean ± standard deviation of a score on "before", "valid" or "after" (the test), with limits
+    [the interval of the mean]."""
+    mean, sd, half = spread([run.result[split][metric] for run in runs])
+    if sd is None:
+        return f"{mean:.3f}"
+    return f"{mean:.3f} ± {sd:.3f}" + f" [{mean - half:.3f}, {mean + half:.3f}]" * limits
+
+
+def beside(result: dict, metric: str) -> list[str]:
+    """The metrics beside the main one: of a task of several sets the averages alone."""
+    return [name for name in result["after"] if name != metric
+            and ("/" not in name or name.endswith(f"/{AVERAGE}"))]
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def notes(args: Namespace, found: Found, best: Found, metric: str,
+          failed: dict[str, str]) -> str:
+    """What a reader must know of the table."""
+    first = next(iter(best.values()))[0]
+    edges = at_edge(found, best)
+    versions = first.result["versions"]
+    alike = {"steps": f"{first.args.steps} steps", "batch_size": f"{first.args.batch_size} a step",
+             "loss_on": f"loss on {first.args.loss_on}"}
+    for name, _ in args.vary:
+        alike.pop(name, None)
+    lines = [
+        f"task {first.args.task}, {', '.join(alike.values())}; {hardware(first.args.device)}, "
+        f"torch {versions['torch']}, {versions['threads']} thread(s) a run",
+        f"{metric} on the test split: mean ± standard deviation over seeds [Student's 95 % "
+        "interval of the mean]; bold: the best of its rank; ~: a tie with it, Welch's 95 % "
+        "interval of the difference holds 0 (not corrected for the number of comparisons); one "
+        "seed decides nothing, and has neither",
+        f"lr: of {', '.join(args.lrs)} (xN: N times the method's own) the best {metric} on "
+        f"validation, on average over seeds {', '.join(args.search_seeds)}"]
+    if edges:
+        lines.append("the best lr is the highest or lowest one tried, so another may be better: "
+                     + ", ".join(edges))
+    lines += [f"no result from {name}: {said}" for name, said in failed.items()]
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def at_edge(found: Found, best: Found) -> list[str]:
+    """The settings whose best learning rate is the lowest or the highest of several."""
+    return [named(setting) for setting, runs in best.items() if edge(found[setting], runs)]
+
+
+def edge(tried: list[SavedRun], best: list[SavedRun]) -> str:
+    """^: the best learning rate is the highest of several, v: the lowest."""
+    lrs, lr = {run.args.lr for run in tried}, best[0].args.lr
+    if len(lrs) == 1:
+        return ""
+    return "^" if lr == max(lrs) else "v" if lr == min(lrs) else ""
+
+
+def named(setting: Setting) -> str:
+    return " ".join([setting.method, *([f"rank {setting.rank}"] if setting.rank else []),
+                     *(typed(name, value) for name, value in setting.varied if value)])
+
+
+def write_results(path: Path, found: Found, best: Found) -> None:
+    """A line a run: its setting, its scores before, on validation and after, what it took."""
+    rows = []
+    for setting, runs in found.items():
+        for run in runs:
+            result = run.result
+            rows.append({
+                "method": setting.method, "rank": setting.rank, **dict(setting.varied),
+                "lr": run.args.lr, "seed": run.args.seed, "chosen": int(run in best[setting]),
+                **{f"{split} {name}": value for split in ("before", "valid", "after")
+                   for name, value in (result[split] or {}).items()},
+                "trainable": result["trainable"], "seconds": result["seconds"],
+                "peak_memory_mb": result["peak_memory_mb"], "folder": run.folder.name})
+    with atomic_write(path) as temporary, open(temporary, "w", newline="",
+                                                encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def saved_sweep(found: Found, best: Found, metric: str | None = None) -> analyze.Sweep:
+    """What the figures are drawn from: a method has one setting at a rank."""
+    return analyze.Sweep([run for runs in found.values() for run in runs],
+                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
+                         metric_of(found, metric))
+
+
+def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
+    names = []
+    for name in ("score", "rates", "loss"):
+        try:
+            figure, numbers = analyze.FIGURES[name](sweep)
+        except analyze.Lacking:                 # rates, where each method had one
+            continue
+        save_figure(figure, out / f"{name}.png", numbers)
+        names.append(f"{name}.png")
+    return names

@@ -1,0 +1,1 @@
+"""What the commands share: flags, a run's folder, processes, errors and files."""

@@ -1,0 +1,398 @@
+"""The folder of a run: what is written there, and how a stopped run goes on from it.
+
+config.json          the resolved flags, and what they were applied to
+log.jsonl            a line a step
+checkpoint.pt        all that training changes; until the end also checkpoint-before.pt, its
+                     predecessor, in case that the disk spoils it
+adapter.safetensors  the trained adapters
+snapshots/           with --snapshot-every: the adapters after so many steps, <step>.safetensors
+result.json          the scores before and after: here the run is finished
+Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
+step. Of several processes (processes.py) the first one writes; all must see the folder. Two runs
+cannot work in one folder at a time.
+"""
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import zipfile
+from argparse import Namespace
+from contextlib import contextmanager
+from numbers import Real as Number
+from pathlib import Path
+from types import NoneType
+from typing import Callable, Iterator
+
+import torch
+
+from data import OPTIONS
+from data.world import VERSION
+from methods import METHODS, load, save, state
+from support.errors import UserError, refuse_not_finite
+from support.files import atomic_write, writing
+from support.parser import flag
+from support.processes import everyones, rank
+
+ROOT = Path(__file__).resolve().parents[1]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
+SNAPSHOTS = "snapshots"
+FILES = ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl")    # and config.json
+
+
+class Run:
+    """The files of a run; of several processes the first writes them."""
+
+    def __init__(self):
+        self.folder = self.lock = None
+        self.newest = None              # the number of steps that the newest checkpoint holds
+        self.replacing: dict | None = None      # the config.json that is to replace an older run's
+
+    def claim(self, args: Namespace) -> None:
+        """Makes --out, or a new folder under runs/, and locks it until release() or our end.
+
+        UserError: another process works there, or has done so since the flags were checked.
+        """
+        if rank() == 0:
+            for out in folders(args):
+                try:
+                    with writing(out):
+                        os.makedirs(out, exist_ok=args.out is not None)
+                    self.lock = locked(out)
+                    break
+                except UserError:
+                    if args.out is not None or not os.path.isdir(out):
+                        raise                           # else: take the next name
+            if not (args.resume or args.overwrite) and visible(out):
+                raise UserError(f"--out {out}: another run has just begun there")
+            args.out = out
+        args.out = everyones(args.out)[0]
+        self.folder = Path(args.out)
+
+    def release(self) -> None:
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def begin(self, config: dict, overwrite: bool) -> None:
+        """Writes config.json; where another run is to be overwritten, only when the first step of
+        this one is done: until then a mistake or Ctrl-C loses nothing."""
+        if overwrite and visible(self.folder):
+            self.replacing = config
+        else:
+            self.write("config.json", config)
+
+    @property
+    def begun(self) -> bool:
+        """It can be resumed."""
+        return (self.folder is not None and self.replacing is None
+                and (self.folder / "config.json").exists())
+
+    def write(self, name: str, content: dict) -> None:
+        if rank() == 0:
+            with atomic_write(self.folder / name) as path:
+                path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n",
+                                encoding="utf-8")
+
+    def log(self, line: dict) -> None:
+        path = self.folder / "log.jsonl"
+        if self.replacing is not None:
+            if rank() == 0:
+                for path in (*(self.folder / name for name in FILES), *snapshots(self.folder)):
+                    with writing(path):
+                        path.unlink(missing_ok=True)
+            self.write("config.json", self.replacing)
+            self.replacing = None
+        if rank() == 0:
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def checkpoint(self, model, optimizer, step: int) -> None:
+        """Written by the first process with the random state of all; the one before is kept."""
+        states = everyones(rng_states(model))
+        if rank() == 0:
+            newest, before = self.folder / NEWEST, self.folder / BEFORE
+            with atomic_write(newest) as path:
+                torch.save({"step": step, "model": state(model), "rng": states,
+                            "optimizer": optimizer.state_dict(), "run": self.identity()}, path)
+                if newest.exists():
+                    newest.replace(before)
+        self.newest = step
+
+    def snapshot(self, model, step: int) -> None:
+        if rank() == 0:
+            save(model, self.folder / SNAPSHOTS / f"{step:06d}.safetensors")
+
+    def identity(self) -> str:
+        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+
+    def restore(self, model, optimizer) -> int:
+        """The step to go on from; 0 where there is nothing to go on with."""
+        found = [path for name in (NEWEST, BEFORE) if (path := self.folder / name).exists()]
+        problems = []
+        for path in found:
+            try:
+                step = read_checkpoint(path, model, optimizer, self.identity())
+                self.newest = step
+                break
+            except Exception as error:      # a broken file can break its reader in any way
+                problems.append(f"{path}: cannot resume from it: {str(error)[:200]}")
+        else:
+            if found:
+                raise UserError("; ".join(problems))
+            step = 0
+        if rank() == 0:
+            for problem in problems:        # at most one: a damaged newest must not become BEFORE
+                print(f"{problem}; going on from {path}, step {step}", file=sys.stderr)
+                found[0].unlink()
+            for left_over in self.folder.glob(".*.tmp"):            # by a process that was killed
+                left_over.unlink()
+            self.cut_log(step)
+        return step
+
+    def cut_log(self, step: int) -> None:
+        """Leaves the lines of the first `step` steps."""
+        log = self.folder / "log.jsonl"
+        lines = log.read_bytes().splitlines(True)[:step] if log.exists() else []
+        with atomic_write(log) as temporary:
+            temporary.write_bytes(b"".join(lines))
+
+    def finish(self, result: dict) -> None:
+        self.write("result.json", result)
+        if rank() == 0:
+            (self.folder / BEFORE).unlink(missing_ok=True)
+
+
+def snapshots(folder: str | Path) -> list[Path]:
+    """The run's snapshots, oldest first."""
+    return sorted(Path(folder, SNAPSHOTS).glob("[0-9]*.safetensors"))
+
+
+def folders(args: Namespace) -> Iterator[str]:
+    """--out; without it runs/<task>-<method>-r<rank>-s<seed>, -2, -3, ..., less what exists."""
+    if args.out is not None:
+        yield args.out
+        return
+    rank = "" if args.rank is None else f"-r{args.rank}"
+    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
+    for out in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
+        if not os.path.exists(out):
+            yield out
+
+
+def locked(folder: str) -> int | None:
+    """Opens the folder with a lock that the system takes away when we end, however we end."""
+    try:
+        import fcntl
+    except ImportError:                     # Windows
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise UserError(f"--out {folder}: another process is at work there") from None
+    except OSError:                         # a file system without locks
+        pass
+    return lock
+
+
+def visible(folder: str | Path) -> list[Path]:
+    return list(Path(folder).glob("[!.]*"))
+
+
+def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
+    """Puts everything back as it was -> the number of steps done."""
+    with zipfile.ZipFile(path) as file:     # torch does not look at the checksums it writes
+        if file.testzip() is not None:
+            raise ValueError(f"{file.testzip()} in it is damaged")
+    saved = torch.load(path, weights_only=True)
+    for name, tensor in saved["model"].items():
+        refuse_not_finite(tensor, name)
+    if saved["run"] != identity:
+        raise ValueError("it is another run's, or config.json was edited")
+    with torch.no_grad():
+        for name, tensor in state(model).items():
+            tensor.copy_(saved["model"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    states = saved["rng"][rank()]
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], next(model.parameters()).device)
+    return saved["step"]
+
+
+def rng_states(model) -> list:
+    """What dropout draws from: the CPU's generator, and the GPU's where the model is on one."""
+    device = next(model.parameters()).device
+    on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_gpu]
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function: has Ctrl-C, or SIGTERM as schedulers send it, come? So that a run can stop
+    between two steps. A second one acts at once, as usual."""
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+# ---- what a run was
+def read_config(folder: str | Path) -> dict:
+    """config.json: args, versions, the score before training, and what the run began with (see
+    check_same)."""
+    path = Path(folder) / "config.json"
+    kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
+                 max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
+                 batch_size=int, targets=(str, NoneType), from_peft=(str, NoneType))
+    kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for name, kind in kinds.items():
+            if not isinstance(config["args"][name], kind):
+                raise ValueError(f"{name} is {config['args'][name]!r}")
+        if not isinstance(config["before"], (dict, NoneType)):
+            raise ValueError(f"before is {config['before']!r}")
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a run folder, it has no config.json") from None
+    except KeyError as error:
+        raise UserError(f"{path}: not the config.json of a run of this version: has no "
+                        f"{error.args[0]}") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
+    if config["args"]["method"] not in METHODS:
+        raise UserError(f"{path}: method {config['args']['method']}: not in methods.METHODS")
+    return config
+
+
+def read_flags(folder: str | Path) -> Namespace:
+    """The resolved flags of a run."""
+    return Namespace(**read_config(folder)["args"])
+
+
+def finished(folder: str | Path) -> bool:
+    return all((Path(folder) / name).exists() for name in ("result.json", "adapter.safetensors"))
+
+
+def saved_flags(given: Namespace) -> Namespace:
+    """The flags of the run in --out. UserError: one that was given, too, is not the run's own."""
+    saved = read_flags(given.out)
+    for name, value in vars(given).items():
+        if name not in saved:
+            raise UserError(f"{given.out}/config.json: has no {name}")
+        own = getattr(saved, name)
+        if (value is not None and name not in ("out", "resume", "overwrite")
+                and value != own and not same_path(value, own)):
+            raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
+                            f"own flags")
+    return saved
+
+
+def resumed(given: Namespace) -> Namespace:
+    """saved_flags() to go on with. Where the whole run was asked for, and not only to go on, a
+    finished one is as good: ends with status 0."""
+    saved = saved_flags(given)
+    if finished(given.out):
+        if given.method is None and given.from_peft is None:
+            raise UserError(f"--out {given.out}: the run is finished, there is nothing to resume")
+        print(f"{given.out}: finished already")
+        sys.exit(0)
+    saved.out, saved.resume, saved.overwrite = given.out, True, False
+    return saved
+
+
+def same_path(a, b) -> bool:
+    return isinstance(a, str) and isinstance(b, str) and os.path.abspath(a) == os.path.abspath(b)
+
+
+def check_same(folder: str, **now) -> None:
+    """UserError: something that the run in the folder began with is another now."""
+    began = read_config(folder)
+    for name, value in now.items():
+        if began.get(name) != value:
+            raise UserError(f"{folder}: its {name.replace('_', ' ')} is not what the run began with"
+                            + f": {value}, then {began.get(name)}" * isinstance(value, int))
+
+
+def weights_dtype(dtype: str, method: str | None) -> torch.dtype:
+    """Of the base model. Weights that train themselves stay float32: bf16's 8 bits would round
+    a small learning rate's steps away."""
+    return torch.float32 if method == "full" else PRECISIONS[dtype]
+
+
+def check_base(folder: str, model, dtype: torch.dtype) -> None:
+    """UserError: the model is not the one whose adapters the run trained."""
+    check_same(folder, base=fingerprint(model.state_dict(), dtype))
+
+
+def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
+    """Puts the run's adapters, trained or as in a snapshot, into its base model. UserError: they
+    are another run's."""
+    file = snapshot or Path(folder) / "adapter.safetensors"
+    began = read_config(folder).get("adapters")
+    load(model, file)
+    if not isinstance(began, list) or model.injected not in began:
+        raise UserError(f"{file}: not the adapters that the run trained, but of "
+                        f"{model.injected['method']} with other settings than in config.json")
+
+
+def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
+    """sha256 of each tensor's name, shape and a sample of its numbers, in that dtype.
+
+    The sample has about 1,000 numbers, evenly spread: to read all of a 7B model takes 40 seconds.
+    """
+    digest = hashlib.sha256(str(dtype).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        apart = tensor.numel() // 1024 | 1          # odd: not the same columns of every row
+        sample = tensor.reshape(-1)[::apart].to("cpu", dtype).contiguous()
+        digest.update(sample.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def versions() -> dict:
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
+                             capture_output=True, text=True)
+        commit = git.stdout.strip() or None
+    except OSError:                         # no git on this machine
+        commit = None
+    return {"python": platform.python_version(), "torch": torch.__version__,
+            "world": VERSION, "commit": commit, "machine": platform.machine(),
+            "threads": torch.get_num_threads()}
+
+
+def hardware(device: str) -> str:
+    """The name of the processor that a device is."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def peak_memory_mb(device: str) -> float | None:
+    """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    try:
+        import resource
+    except ImportError:                     # Windows has no such counter
+        return None
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10      # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

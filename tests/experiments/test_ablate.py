@@ -1,0 +1,540 @@
+"""The grid of a sweep, what it chooses and says, and commands that can be given again."""
+import csv
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+from runs import refused, result_of
+
+import ablate
+import train
+from data import TASKS
+from experiments import analyze, results, sweep, table
+from experiments.results import difference, spread, within_noise
+from support import flags as flags_of_train
+from support.run import locked
+
+SHORT = ["--steps", "4", "--batch-size", "8", "--max-eval", "3"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def listed(capsys, *flags: str) -> list[list[str]]:
+    ablate.main([*flags, "--list"])
+    return [shlex.split(line)[2:] for line in capsys.readouterr().out.splitlines()]
+
+
+def value_of(line: list[str], name: str) -> str:
+    return line[line.index(name) + 1]
+
+
+# ---- the grid
+def test_the_grid_is_every_combination_once(capsys):
+    lines = listed(capsys, "--methods", "lora,full", "--ranks", "2,8", "--lrs", "1e-3,1e-2",
+                   "--seeds", "0,1", "--task", "mini", *SHORT)
+    assert len(lines) == 2 * 2 * 2 + 2 * 2                      # full has no rank
+    assert lines[0] == ["--method", "lora", "--rank", "2", "--lr", "0.001", "--seed", "0", "--task",
+                        "mini", *SHORT, "--out", "runs/sweep/mini-lora-r2-lr0.001-s0", "--resume"]
+    assert len({value_of(line, "--out") for line in lines}) == len(lines)
+
+
+def test_on_another_model_they_are_around_the_rate_for_large_models(capsys):
+    lines = listed(capsys, "--methods", "lora", "--model", "some/where", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.0001", "0.0002", "0.0004"]
+    lines = listed(capsys, "--methods", "lora", "--lrs", "x1", "--vary", "model=x/z,x/y", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.0002"] * 2
+
+
+def test_learning_rates_are_around_each_method_s_own(capsys):
+    lines = listed(capsys, "--methods", "lora,full", *SHORT)
+    assert [value_of(line, "--lr") for line in lines] == ["0.00525", "0.0105", "0.021",
+                                                          "0.0005", "0.001", "0.002"]
+    assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.0105", *SHORT)) == 1
+
+
+def test_one_number_written_in_two_ways_is_one_run(capsys):
+    assert len(listed(capsys, "--methods", "lora", "--ranks", "4,04", "--lrs", "1e-2,0.01,.010",
+                      "--seeds", "0,00", *SHORT)) == 1
+
+
+def test_any_flag_can_be_varied_where_the_method_uses_it(capsys):
+    lines = listed(capsys, "--methods", "dual,lora,full", "--lrs", "x1", "--vary",
+                   "init-std=0.03,0.06", "--vary", "alpha=8,16", "--vary", "clip=yes,no", *SHORT)
+    assert len(lines) == 8 + 2 + 1
+    for part, times in (("--init-std=0.03", 4), ("--alpha=8", 4 + 1), ("--clip", 4),
+                        ("--no-clip", 4)):
+        assert sum(part in line for line in lines) == times
+
+
+def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
+    lines = listed(capsys, "--methods", "dual", "--lrs", "x1", "--one-at-a-time", "--vary",
+                   "init-std=0.03,0.12", "--vary", "clip=no", *SHORT)
+    changes = [[part for part in line if part[:4] in ("--in", "--no")] for line in lines]
+    assert changes == [[], ["--init-std=0.03"], ["--init-std=0.12"], ["--no-clip"]]
+
+
+# ---- commands that can be given again
+def test_a_command_can_be_given_again(capsys, monkeypatch):
+    line, = listed(capsys, "--methods", "dual", "--lrs", "x1", "--out", "sweep", *SHORT)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Run, "finish", lambda *_: exit("killed"))
+        with pytest.raises(SystemExit):
+            train.main(line)
+    train.main(line)
+    run = Path(value_of(line, "--out"))
+    before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
+    assert result_of(run)["method"] == "dual"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(line)
+    assert stop.value.code == 0 and "finished already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
+
+
+def test_a_finished_run_of_other_flags_is_not_taken_for_this_one(capsys):
+    line, = listed(capsys, "--methods", "lora", "--lrs", "x1", *SHORT)
+    train.main(line)
+    line[line.index("4")] = "5"
+    with pytest.raises(SystemExit) as stop:
+        train.main(line)
+    assert stop.value.code == 2 and "--steps 5: the run has 4" in capsys.readouterr().err
+    assert "--steps 5: the run has 4" in refused(capsys, "--methods", "lora", "--lrs", "x1",
+                                                 "--steps", "5", *SHORT[2:], main=ablate.main)
+
+
+def test_a_folder_of_other_things_is_not_begun_in(capsys):
+    line, = listed(capsys, "--methods", "lora", "--lrs", "x1", *SHORT)
+    folder = Path(value_of(line, "--out"))
+    folder.mkdir(parents=True)
+    (folder / ".config.json.1.tmp").write_text("{")         # killed before its first file stood
+    (folder / "log.jsonl").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        train.main(line)
+    assert stop.value.code == 2 and "not a run folder" in capsys.readouterr().err
+    (folder / "log.jsonl").unlink()
+    train.main(line)
+    assert result_of(folder)
+
+
+@pytest.mark.slow
+def test_a_real_sweep_runs_compares_and_then_finds_everything_done(capsys):
+    command = ["--methods", "lora", "--lrs", "x0.5,x1", "--jobs", "2", *SHORT]
+    ablate.main(command)
+    first = capsys.readouterr().out
+    assert first.count("| lora | 8 | 0.0") == 1 and "mean ± standard deviation" in first
+    for name in ("table.md", "results.csv", "score.png", "rates.png", "loss.png",
+                 "logs/facts-lora-r8-lr0.0105-s0.txt"):
+        assert Path("runs/sweep", name).is_file()
+    runs = {path: path.stat().st_mtime_ns for path in Path("runs/sweep").glob("*/result.json")}
+    ablate.main(command)
+    assert capsys.readouterr().out == first and len(runs) == 2
+    assert runs == {path: path.stat().st_mtime_ns for path in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [*(name for name in TASKS if "/" not in name and
+                                    name not in ("commonsense", "e2e"))])
+def test_a_sweep_of_every_task_that_needs_no_public_files_is_compared_and_drawn(task, capsys):
+    flags = ["--task", task, "--skip-before", *SHORT]
+    if task in ("text", "jsonl"):
+        rows = [f"The number {i} comes after {i - 1} and before {i + 1}." for i in range(200)]
+        Path("mine").write_text("\n".join(
+            rows if task == "text" else [json.dumps({"prompt": row, "target": " Yes."})
+                                         for row in rows]))
+        flags += ["--data", "mine"]
+    ablate.main(["--methods", "lora", "--lrs", "x0.5,x1", *flags])
+    row, = table_of(capsys.readouterr().out)
+    assert {"score.png", "rates.png", "loss.png", "table.md", "results.csv"} <= set(
+        os.listdir("runs/sweep"))
+    metric = next(iter(row.keys() - {"method", "rank", "lr", "seeds", "trainable", "s a run"}))
+    assert math.isfinite(float(row[metric].split()[0]))
+    analyze.main(["runs/sweep"])                            # what these runs allow
+    assert {"score.png", "rates.png", "loss.png"} <= set(os.listdir("runs/sweep/figures"))
+
+
+# ---- what it makes of results, given by the test
+def finish(flags: list[str], valid: float, test: float) -> None:
+    """Writes what train.py leaves of a finished run."""
+    args = flags_of_train.parse(flags)
+    flags_of_train.resolve(args)
+    args.steps, args.batch_size, args.loss_on, args.command = 4, 8, "answer", "python train.py"
+    args.max_length = 256
+    folder = Path(args.out)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"args": vars(args), "before": None}))
+    (folder / "log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
+    (folder / "adapter.safetensors").write_text("")
+    (folder / "result.json").write_text(json.dumps({
+        "before": {"new": 0.0, "paraphrase": 0.0, "kept": 1.0},
+        "valid": {"loss": 1.0, "new": valid, "paraphrase": 0.4, "kept": 0.5},
+        "after": {"new": test, "paraphrase": 0.4, "kept": 0.5},
+        "counts": {"new": 10}, "trainable": 55296, "base": "", "seconds": 30.0,
+        "peak_memory_mb": 400.0, "versions": {"torch": "2", "threads": 1}}))
+
+
+class Process:
+    """Stands in for a child process that trains: ends with `status` after writing its result."""
+    score = staticmethod(lambda args: (0.5, 0.5))
+    ran: list[Namespace] = []
+
+    def __init__(self, command, stdout, **_):
+        self.args = flags_of_train.parse(command[2:])
+        Process.ran.append(self.args)
+        try:
+            finish(command[2:], *Process.score(self.args))
+            self.status = 0
+        except ZeroDivisionError:
+            stdout.write(b"some output\nerror: step 3: loss nan\n")
+            self.status = 1
+
+    def wait(self):
+        return self.status
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(Process, "ran", [])
+    monkeypatch.setattr(Process, "score", Process.score)    # what a test sets, this one only
+    return Process
+
+
+def table_of(text: str) -> list[dict[str, str]]:
+    rows = [[cell.strip() for cell in line.strip("|\n").split("|")]
+            for line in text.splitlines() if line.startswith("|")]
+    return [dict(zip(rows[0], row)) for row in rows[2:]]
+
+
+def test_the_learning_rate_is_chosen_on_validation_never_on_the_test(processes, capsys):
+    processes.score = lambda args: {0.01: (0.9, 0.1), 0.02: (0.2, 0.8)}[args.lr]
+    ablate.main(["--methods", "lora", "--lrs", "0.01,0.02", "--seeds", "0,1,2", *SHORT])
+    row, = table_of(capsys.readouterr().out)
+    assert row["lr"] == "0.01" and row["seeds"] == "3" and row["new"].startswith("0.100 ± 0.000")
+    with open("runs/sweep/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert {(row["lr"], row["chosen"]) for row in rows} == {("0.01", "1"), ("0.02", "0")}
+    assert {row["after new"] for row in rows if row["chosen"] == "1"} == {"0.1"}
+
+
+def test_a_loss_is_better_when_it_is_lower(processes, capsys, monkeypatch):
+    monkeypatch.setattr(table, "LOWER_IS_BETTER", ("new",))
+    monkeypatch.setattr(results, "LOWER_IS_BETTER", ("new",))
+    processes.score = lambda args: (args.lr, {"lora": 0.9, "dora": 0.2}[args.method]
+                                    + 0.01 * args.seed)
+    ablate.main(["--methods", "lora,dora", "--lrs", "0.01,0.02", "--seeds", "0,1,2", *SHORT])
+    lora, dora = table_of(capsys.readouterr().out)
+    assert (lora["lr"], dora["lr"]) == ("0.01", "0.01")
+    assert dora["new"].startswith("**") and not lora["new"].startswith("**")
+
+
+def test_a_metric_that_the_task_has_not_ends_the_sweep(processes, capsys):
+    for lrs in ("x1", "x1", "x1,x2"):               # once nothing, then one run is finished
+        with pytest.raises(SystemExit) as stop:
+            ablate.main(["--methods", "lora", "--metric", "loss", "--lrs", lrs, *SHORT])
+        assert stop.value.code == 2
+        assert "--metric loss: the task has no such metric" in capsys.readouterr().err
+    assert len(processes.ran) == 1
+
+
+def test_one_seed_decides_nothing(processes, capsys):
+    processes.score = lambda args: (0.5, {"lora": 0.9, "dora": 0.2}[args.method])
+    ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
+    assert [row["new"] for row in table_of(capsys.readouterr().out)] == ["0.900", "0.200"]
+
+
+def test_other_seeds_run_with_the_chosen_rate_alone(processes, capsys):
+    processes.score = lambda args: (args.lr, 0.5)
+    flags = ["--methods", "lora,dora", "--lrs", "x0.1,x0.5,x1", "--seeds", "0,1,2",
+             "--search-seeds", "1", *SHORT]
+    assert len(listed(capsys, *flags)) == 6
+    ablate.main(flags)
+    assert len(processes.ran) == 2 * (3 + 2)
+    assert {(args.seed, args.lr) for args in processes.ran if args.method == "lora"} == {
+        (1, 0.00105), (1, 0.00525), (1, 0.0105), (0, 0.0105), (2, 0.0105)}
+    out = capsys.readouterr().out
+    assert [row["seeds"] for row in table_of(out)] == ["3", "3"]
+    assert "the highest or lowest one tried" in out
+    assert len(listed(capsys, *flags)) == 10                # the search is over: all are known
+
+
+def test_ties_are_marked_and_clear_differences_are_not(processes, capsys):
+    means = {"lora": 0.70, "dora": 0.71, "dash": 0.40, "full": 0.90}
+    processes.score = lambda args: (0.5, means[args.method] + 0.02 * args.seed)
+    ablate.main(["--methods", "lora,dora,dash,full", "--lrs", "x1", "--seeds", "0,1,2", *SHORT])
+    lora, dora, dash, full = (row["new"] for row in table_of(capsys.readouterr().out))
+    assert dora == "**0.730 ± 0.020 [0.680, 0.780]**"
+    assert lora == "0.720 ± 0.020 [0.670, 0.770] ~"
+    assert dash == "0.420 ± 0.020 [0.370, 0.470]"
+    assert full == "0.920 ± 0.020 [0.870, 0.970]"            # alone in its rank: nothing to mark
+
+
+@pytest.mark.parametrize("lrs", ["0.01,0.02", "0.02,0.01"])
+def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys, lrs):
+    processes.score = lambda args: (0.5 if args.lr < 0.02 else 1 / 0, 0.5)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora", "--lrs", lrs, *SHORT])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert table_of(out)[0]["lr"] == "0.01"
+    assert "no result from facts-lora-r8-lr0.02-s0: error: step 3: loss nan" in out
+
+
+@pytest.mark.parametrize("status, said", [(-9, "ended by signal 9"), (3, "exit status 3")])
+def test_a_run_that_dies_without_a_word_is_told_by_its_status(processes, monkeypatch, capsys,
+                                                              status, said):
+    class Killed(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            Path(self.args.out, "result.json").unlink()
+            self.status = status
+
+    Path("runs/sweep/logs").mkdir(parents=True)
+    Path("runs/sweep/logs/facts-lora-r8-lr0.0105-s0.txt").write_text("error: of another time\n")
+    monkeypatch.setattr(subprocess, "Popen", Killed)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1
+    assert f"lr0.0105-s0: failed: {said}\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--seeds", "0,1", "--model", "nowhere", "--jobs",
+                     "2", *SHORT])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert err.splitlines()[-1].startswith("error: nowhere: neither a folder")
+    assert err.count("nowhere: neither") == 1
+    assert "failed" not in err and "Traceback" not in err
+    assert [path.name for path in Path("runs/sweep").iterdir()] == ["logs"]
+
+
+class Refused(Process):
+    """As Process, but the runs of DoRA are refused before they begin."""
+    def __init__(self, command, stdout, **_):
+        super().__init__(command, stdout)
+        if self.args.method == "lora":
+            time.sleep(0.3)                     # reported last where all run at once
+        if self.args.method == "dora":
+            shutil.rmtree(self.args.out)
+            stdout.write(b"error: no such thing\n")
+            self.status = 2
+
+
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_what_a_later_run_refuses_is_told_and_the_others_go_on(processes, monkeypatch, capsys,
+                                                               jobs):
+    monkeypatch.setattr(subprocess, "Popen", Refused)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora,dash", "--lrs", "x1", "--jobs", jobs, *SHORT])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert [row["method"] for row in table_of(out)] == ["lora", "dash"]
+    assert "no result from facts-dora-r8-lr0.015-s0: error: no such thing" in out
+
+
+def test_where_a_run_is_finished_what_the_first_refuses_is_its_own(processes, monkeypatch, capsys):
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    monkeypatch.setattr(subprocess, "Popen", Refused)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "dora,lora,dash", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1 and len(processes.ran) == 3
+    assert "lr0.015-s0: failed: error: no such thing\n" in capsys.readouterr().err
+
+
+def test_what_a_first_run_refuses_to_go_on_with_is_its_own(processes, monkeypatch, capsys):
+    class Damaged(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            if self.args.method == "lora":
+                Path(self.args.out, "result.json").unlink()
+                stdout.write(b"error: checkpoint.pt: damaged\n")
+                self.status = 2
+
+    monkeypatch.setattr(subprocess, "Popen", Damaged)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
+    assert stop.value.code == 1 and len(processes.ran) == 2
+    assert "lr0.0105-s0: failed: error: checkpoint.pt: damaged\n" in capsys.readouterr().err
+
+
+def test_a_stopped_run_with_other_flags_is_told_before_anything_runs(processes, capsys):
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    Path("runs/sweep/facts-lora-r8-lr0.0105-s0/result.json").unlink()
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "dora,lora", "--lrs", "x1", *SHORT, "--steps", "5"])
+    assert stop.value.code == 2 and len(processes.ran) == 1
+    assert "--steps 5: the run has 4" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_error_ends_the_runs_that_are_at_work(processes, monkeypatch, capsys):
+    begun, stopped = threading.Event(), threading.Event()
+
+    class Endless(Process):
+        def wait(self):
+            if self.args.method == "lora":
+                assert begun.wait(20)
+                return 0
+            begun.set()
+            assert stopped.wait(20)
+            return 130
+
+        def terminate(self):
+            stopped.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", "--metric", "loss", "--lrs", "x1", "--jobs", "2",
+                     *SHORT])
+    assert stop.value.code == 2 and stopped.is_set()
+    assert "--metric loss" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):
+    flags = ["--methods", "lora", "--lrs", "x0.5,x1", *SHORT]
+    ablate.main(flags)
+    Path("runs/sweep/facts-lora-r8-lr0.0105-s0/result.json").write_text("{")
+    with pytest.raises(SystemExit) as stop:
+        ablate.main([*flags, "--seeds", "0,1"])
+    assert stop.value.code == 2 and len(processes.ran) == 2
+    assert "lr0.0105-s0/result.json: not what a run" in capsys.readouterr().err
+
+
+def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
+    processes.score = lambda args: (0.9, 0.9)
+    ablate.main(["--methods", "lora", "--metric", "kept", "--lrs", "x0.5,x1", *SHORT])
+    for name, rows in (("score", 1), ("rates", 2)):
+        numbers = json.loads(Path(f"runs/sweep/{name}.json").read_text())
+        assert [row["scores"] for row in numbers] == [[0.5]] * rows
+    assert "kept 0.5000 on validation" in capsys.readouterr().err
+
+
+def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch, capsys):
+    folder = Path("runs/sweep/facts-lora-r8-lr0.0105-s0")
+    folder.mkdir(parents=True)
+    looks = [True, False, True, True]       # after the second ours begins, and is told it is late
+
+    def busy(_):
+        if len(looks) == 1:
+            folder.rmdir()
+            finish(["--method", "lora", "--rank", "8", "--lr", "0.0105", "--seed", "0", *SHORT,
+                    "--out", str(folder), "--resume"], 0.5, 0.5)
+        return looks.pop(0)
+
+    def late(_):
+        raise ZeroDivisionError
+
+    processes.score = late
+    monkeypatch.setattr(sweep, "busy", busy)
+    monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    assert not looks and len(processes.ran) == 1
+    assert "no result" not in capsys.readouterr().out
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_no_failure(processes, monkeypatch,
+                                                                         capsys):
+    class Late(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            self.status = 2
+
+    monkeypatch.setattr(subprocess, "Popen", Late)
+    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    assert "no result" not in capsys.readouterr().out
+
+
+def test_busy_is_a_folder_that_another_process_has_locked(tmp_path):
+    folder = tmp_path / "run"
+    assert not sweep.busy(folder)
+    folder.mkdir()
+    lock = locked(folder)
+    assert sweep.busy(folder)
+    os.close(lock)
+    assert not sweep.busy(folder)
+
+
+def test_a_request_to_stop_reaches_the_runs_and_ends_the_sweep_with_one_line(monkeypatch, capsys):
+    stopped = threading.Event()
+
+    class Endless(Process):
+        def __init__(self, *_, **__):
+            pass
+
+        def terminate(self):
+            stopped.set()
+
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopped.wait(20)
+            return 130
+
+    monkeypatch.setattr(subprocess, "Popen", Endless)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora,dora", *SHORT])
+    assert stop.value.code == 130 and stopped.is_set()
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same sweep goes on"
+
+
+# ---- statistics
+def test_spread_is_student_s():
+    mean, sd, half = spread([1.0, 2.0, 3.0])
+    assert (mean, sd) == (2.0, 1.0) and half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
+    assert spread([0.5]) == (0.5, None, None)
+
+
+def test_a_difference_is_welch_s():
+    mean, low, high = difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])      # 4 degrees of freedom
+    assert mean == -1 and high == pytest.approx(-1 + 2.7764 * math.sqrt(2 / 3), abs=1e-4)
+    assert low + high == pytest.approx(-2)
+    assert within_noise([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
+    assert not within_noise([1.0, 1.1, 0.9], [2.0, 2.1, 1.9])
+    assert within_noise([1.0, 1.0], [1.0, 1.0]) and not within_noise([1.0, 1.0], [0.9, 0.9])
+    assert within_noise([1.0], [0.0, 0.1])                      # one seed tells nothing
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--methods"),
+    (["--methods", "lora,dosa"], "did you mean"),
+    (["--methods", "lora,"], "--methods"),
+    (["--methods", "lora", "--lr", "1"], "--lrs"),
+    (["--methods", "lora", "--ranks", "2", "--rank=4"], "--ranks"),
+    (["--methods", "lora", "--overwrite"], "--overwrite"),
+    (["--methods", "lora", "--from-peft", "x"], "--from-peft"),
+    (["--methods", "lora", "--lrs", "fast"], "--lrs fast"),
+    (["--methods", "lora", "--lrs", "x"], "--lrs x"),
+    (["--methods", "lora", "--rnk", "1"], "--rnk"),
+    (["--methods", "lora", "--r1", "1"], "--r1: method lora does not use it"),
+    (["--methods", "lora", "--seeds", "-1"], "--seed"),
+    (["--methods", "lora", "--search-seeds", "1"], "--search-seeds 1"),
+    (["--methods", "lora", "--ranks", "4,0"], "--rank 0"),
+    (["--methods", "lora", "--task", "fakts"], "did you mean facts"),
+    (["--methods", "lora", "--jobs", "0"], "--jobs"),
+    (["--methods", "lora", "--vary", "alfa=1"], "did you mean alpha"),
+    (["--methods", "lora", "--vary", "alpha"], "a value is missing"),
+    (["--methods", "lora", "--vary", "seed=1"], "no such flag to vary"),
+    (["--methods", "lora", "--vary", "task=facts,mini"], "no such flag to vary"),
+    (["--methods", "lora", "--vary", "alpha=8", "--vary", "alpha=16"], "given twice"),
+    (["--methods", "lora", "--seeds", "one"], "--seeds one: not whole numbers"),
+    (["--methods", "lora", "--vary", "alpha=8", "--alpha", "16"], "given for all runs"),
+    (["--methods", "lora", "--vary", "steps=0"], "--steps 0"),
+    (["--methods", "lora,dora", "--vary", "clip=no"], "no method of --methods uses it"),
+])
+def test_wrong_flags_end_with_one_line_before_any_run(flags, said, capsys):
+    assert said in refused(capsys, *flags, main=ablate.main)
+    assert not list(Path().iterdir())

@@ -1,0 +1,56 @@
+"""That bench.py runs and writes what it says; not how fast anything is."""
+import json
+
+import pytest
+from runs import refused
+
+from experiments import bench
+
+pytestmark = pytest.mark.slow
+
+FAST = ["frozen", *bench.OURS]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(bench, "WIDTHS", [32])
+    monkeypatch.setattr(bench, "TOKENS", [64])
+    monkeypatch.setattr(bench, "AXES", {"rank": (2, 4), "tokens": (16, 32), "width": (32, 64)})
+    monkeypatch.setattr(bench, "AT", {"rank": 4, "tokens": 16, "width": 32})
+    monkeypatch.setitem(bench.SIZES, "25 M", dict(vocab_size=8192, d_model=32, n_layers=2,
+                                                  n_heads=2, d_ff=64))
+
+
+def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny, tmp_path, capsys):
+    out, figure = tmp_path / "out.json", tmp_path / "growth.png"
+    bench.main(["layer", "model", "growth", "sizes", "--device", "cpu", "--json", str(out),
+                "--figure", str(figure)])
+    found = json.loads(out.read_text())
+    assert found["device"] == "cpu" and found["dtype"] == "fp32"
+    for part in ("layer", "model"):
+        rows = {row["contender"]: row for row in found[part]}
+        assert set(FAST) < set(rows)
+        for row in rows.values():
+            assert 0 < row["fb_best"] <= row["best"] <= row["seconds"]
+    kept = {row["contender"]: row["kept_bytes"] for row in found["layer"]}
+    assert kept["lora"] == 4 * 64 * bench.RANK and kept["dual"] == 0
+    assert kept["dual, naive"] >= 4 * 32 * 32
+    points = [(row["axis"], row[row["axis"]], row["contender"]) for row in found["growth"]]
+    assert points == [(axis, value, name) for axis, values in bench.AXES.items()
+                      for value in values for name in FAST]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    drawn = json.loads(figure.with_suffix(".json").read_text())
+    assert drawn["growth"] == found["growth"] and drawn["machine"] == found["machine"]
+    text = capsys.readouterr().out
+    assert "LLaMA 7B" in text and "DoRA / our LoRA" in text
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["layers"], "did you mean layer?"), (["--al"], "did you mean --all?"),
+    (["sizes", "--json", "/no/such/folder/x.json"], "--json: /no/such/folder/x.json"),
+    (["layer", "--figure", "x.png"], "--figure"), (["growth", "--figure", "x.jpg"], "--figure"),
+    (["growth", "--figure", "x.png", "--json", "x.json"], "--json needs another"),
+    (["growth", "--figure", "x.png", "--json", "x.png"], "--json needs another"),
+    (["sizes", "--device", "tpu9"], "--device")])
+def test_wrong_input(argv, message, capsys):
+    assert message in refused(capsys, *argv, main=bench.main)
