@@ -5,7 +5,8 @@
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train. The idea: what
 fine-tuning adds to a weight has a low rank, so two thin matrices can hold it. B starts at zero:
 the first step sees exactly the pretrained model. LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is
-the same layer with a higher learning rate for B (see `fast`). Weights are (out, in) everywhere.
+the same layer with a higher learning rate for B. Weights are (out, in) everywhere.
+The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size.
 """
 import contextlib
 import math
@@ -14,6 +15,7 @@ from typing import Iterable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from support.errors import UserError
 
@@ -37,14 +39,17 @@ class AdapterLinear(nn.Module):
 
         forward(x) = x W'^T + bias    with    W' = merged_weight() = W0 + delta_weight()
 
-    x (..., in) -> (..., out). A method writes delta_weight(), and overrides forward() where the
-    same thing has a cheaper form, or to use dropout, which this definition has no place for.
-    rank in 1..min(in, out), alpha > 0, dropout in [0, 1): anything else is a UserError.
+    x (..., in) -> (..., out). A method writes delta_weight(). It may override forward() where the
+    same thing has a cheaper form.
+    Raises UserError if rank is not in 1..min(in, out), alpha not above 0, dropout not in [0, 1),
+    or an option is unknown.
     """
-    fast: tuple[str, ...] = ()   # the parameters whose learning rate LoRA+ multiplies
-    idle = False                 # True: some parameters get no gradient for a time
+    # The method's own hyperparameters: name -> (default, help), with the type where that is None.
+    options: dict[str, tuple] = {}
+    lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
+    waits_for_gradient = False                  # True: some parameters get none for a time
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise UserError(f"an adapter needs an nn.Linear, not {type(base).__name__}")
@@ -53,9 +58,26 @@ class AdapterLinear(nn.Module):
             raise UserError(f"alpha must be above 0 and finite, not {alpha}")
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {dropout}")
+        for name in own.keys() - self.options.keys():
+            raise UserError(f"{type(self).__name__} has no option {name}")
         self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.dropout = nn.Dropout(dropout)
+        for name, (default, *_) in self.options.items():
+            setattr(self, name, own.get(name, default))
+
+    @property
+    def W0(self):
+        """The pretrained weight (out, in). No method reads it by another way."""
+        return self.base.weight
+
+    def rows(self, rows: slice):
+        """Some rows of W0: (n, in)."""
+        return self.W0[rows]
+
+    def frozen(self, x):
+        """x W0^T (..., out), without the bias."""
+        return F.linear(x, self.W0)
 
     def empty(self, *shape: int):
         """An uninitialised tensor on the base's device: float32, or float64 on a float64 base.
@@ -63,8 +85,8 @@ class AdapterLinear(nn.Module):
         Not the base's own bf16: its 8 bits would round a small learning rate's steps away.
         In use, a parameter is cast to its input's dtype, as autocast casts any weight.
         """
-        dtype = torch.float64 if self.base.weight.dtype == torch.float64 else torch.float32
-        return torch.empty(shape, dtype=dtype, device=self.base.weight.device)
+        dtype = torch.float64 if self.W0.dtype == torch.float64 else torch.float32
+        return torch.empty(shape, dtype=dtype, device=self.W0.device)
 
     def delta_weight(self):
         """What is added to W0: (out, in), differentiable."""
@@ -72,13 +94,16 @@ class AdapterLinear(nn.Module):
 
     def merged_weight(self):
         """W' (out, in), in the adapter's dtype: whoever casts it down rounds only once."""
-        with full_precision(self.base.weight):
-            return self.base.weight + self.delta_weight()
+        with full_precision(self.W0):
+            return self.W0 + self.delta_weight()
 
     def forward(self, x):
-        return F.linear(x, self.merged_weight().to(self.base.weight.dtype), self.base.bias)
+        """x W0^T + bias + dropout(x) dW^T. Backward builds dW again instead of keeping it."""
+        def update(x):
+            return F.linear(x, self.delta_weight().to(x.dtype))
+        return self.base(x) + checkpoint(update, self.dropout(x), use_reentrant=False)
 
-    def rate(self, name: str) -> float:
+    def lr_factor(self, name: str) -> float:
         """The learning rate of the layer's parameter `name` over the run's, LoRA+'s ratio apart."""
         return 1.0
 
@@ -88,10 +113,10 @@ class AdapterLinear(nn.Module):
         return 0.0
 
     @classmethod
-    def plan(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> str:
-        """What on_step will do when, for people; the loop calls it before its first step.
+    def start(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> str:
+        """Says what on_step will do when, in words; the loop calls it before its first step.
 
-        UserError: a run too short for the method.
+        Raises UserError if the run is too short for the method.
         """
         return ""
 
@@ -101,11 +126,16 @@ class AdapterLinear(nn.Module):
 
 
 class LoRALinear(AdapterLinear):
-    """W' = W0 + scale B A, scale = alpha/r; A (r, in), B (out, r); x (..., in) -> (..., out)."""
-    fast = ("B",)
+    """W' = W0 + scale B A, scale = alpha/r; A (r, in), B (out, r); x (..., in) -> (..., out).
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
-        super().__init__(base, rank, alpha, dropout)
+    By hand: A = [1, 2], B = [1; -1], scale 3: dW = 3 B A = [3, 6; -3, -6].
+    At step 0 B is 0. So dL/dA = scale B' dL/dW' is 0, and dL/dB = scale dL/dW' A' is not: B moves
+    first.
+    """
+    lr_ratio_parameters = ("B",)
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
+        super().__init__(base, rank, alpha, dropout, **own)
         self.scale = alpha / rank
         self.A = nn.Parameter(self.empty(rank, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, rank))

@@ -7,7 +7,6 @@
 
 To add a method: one import, and one line in METHODS.
 """
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,10 +35,13 @@ class Method:
     lr_ratio: float = 1.0               # the `fast` parameters get this many times it
 
     @property
-    def hyper(self) -> dict:
-        """The method's own keyword arguments, after base, rank, alpha and dropout: defaults."""
-        arguments = inspect.signature(self.layer).parameters.values() if self.layer else ()
-        return {argument.name: argument.default for argument in list(arguments)[4:]}
+    def options(self) -> dict[str, tuple]:
+        """The method's own hyperparameters: name -> (default, help, ...)."""
+        return self.layer.options if self.layer else {}
+
+    @property
+    def defaults(self) -> dict:
+        return {name: default for name, (default, *_) in self.options.items()}
 
 
 METHODS = {
@@ -72,7 +74,7 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int
     _refuse_injected(model)
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
-    layer, own = METHODS[method].layer, METHODS[method].hyper
+    layer, own = METHODS[method].layer, METHODS[method].defaults
     if set(hyper) - set(own):
         raise UserError(f"{method} has no option {', '.join(sorted(set(hyper) - set(own)))}: "
                         f"its own are {', '.join(own) or 'none'}")
@@ -176,10 +178,13 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
     """Optimizer groups: each trainable parameter in one, at lr times its layer's rate for it;
     `fast` ones at lr_ratio times that."""
     layers = adapters(model).values()
-    if lr_ratio != 1 and not any(layer.fast for layer in layers):
+    if lr_ratio != 1 and not any(layer.lr_ratio_parameters for layer in layers):
         raise UserError("lr_ratio has no effect here: the method has no parameters to speed up")
-    rates = {id(p): lr * layer.rate(name) * (lr_ratio if name in layer.fast else 1)
-             for layer in layers for name, p in layer.named_parameters(recurse=False)}
+    rates = {}
+    for layer in layers:
+        for name, p in layer.named_parameters(recurse=False):
+            ratio = lr_ratio if name in layer.lr_ratio_parameters else 1.0
+            rates[id(p)] = lr * layer.lr_factor(name) * ratio
     groups: dict[float, list] = {}
     for p in model.parameters():
         if p.requires_grad:

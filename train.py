@@ -32,37 +32,6 @@ from support.run import (BEFORE, NEWEST, Run, check_same, fingerprint, peak_memo
                          resumed, stop_requests, versions, visible, weights_dtype)
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """The share of the peak learning rate at a step: a line up to 1, then a line down to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return (steps - step) / (steps - warmup)
-
-
-@lru_cache(maxsize=2)
-def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
-
-
-def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """The indices of a step's examples: epochs of n, each shuffled anew, laid end to end. They
-    depend on nothing but these four numbers, so a resumed run needs no reader's position."""
-    places = range(step * batch_size, (step + 1) * batch_size)
-    return [epoch_order(place // n, n, seed)[place % n] for place in places]
-
-
-class TargetLoss(nn.Module):
-    """target_loss() in a --dtype, as a module: what can be compiled and run in processes."""
-
-    def __init__(self, model, dtype: str):
-        super().__init__()
-        self.model, self.bf16 = model, dtype == "bf16"
-
-    def forward(self, tokens, is_target):
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
-            return target_loss(self.model, tokens, is_target)
-
-
 def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
     """The loop: batch, loss, backward, clip, step, on_step, zero_grad, log."""
     method, layers = contract(model)
@@ -72,7 +41,8 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     first = run.restore(model, optimizer) if args.resume else 0
     loss_of = TargetLoss(model, args.dtype)
-    loss_of = parallel(torch.compile(loss_of) if args.compile else loss_of, method.idle)
+    loss_of = parallel(torch.compile(loss_of) if args.compile else loss_of,
+                       method.waits_for_gradient)
     model.train()
     bar = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step",
                disable=rank() > 0)
@@ -111,7 +81,7 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
             snapshots = args.snapshot_every and done % args.snapshot_every == 0
             saves = done % args.save_every == 0 or done == args.steps or stopping
             if validates or snapshots or saves:
-                stop_unless_finite(largest(model), f"step {step}", done, run, bar)
+                stop_unless_finite(largest_values(model), f"step {step}", done, run, bar)
             if validates:
                 line["valid"] = validate()
                 stop_unless_finite(line["valid"], f"step {step}", done, run, bar)
@@ -125,7 +95,38 @@ def fit(model, sequences, args: Namespace, run: Run, validate) -> None:
                 raise KeyboardInterrupt
 
 
-def largest(model) -> dict[str, float]:
+def lr_factor(step: int, steps: int, warmup: int) -> float:
+    """The share of the peak learning rate at a step: a line up to 1, then a line down to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return (steps - step) / (steps - warmup)
+
+
+@lru_cache(maxsize=2)
+def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
+
+
+def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+    """The indices of a step's examples: epochs of n, each shuffled anew, laid end to end. They
+    depend on nothing but these four numbers, so a resumed run needs no reader's position."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [epoch_order(place // n, n, seed)[place % n] for place in places]
+
+
+class TargetLoss(nn.Module):
+    """target_loss() in a --dtype, as a module: what can be compiled and run in processes."""
+
+    def __init__(self, model, dtype: str):
+        super().__init__()
+        self.model, self.bf16 = model, dtype == "bf16"
+
+    def forward(self, tokens, is_target):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.bf16):
+            return target_loss(self.model, tokens, is_target)
+
+
+def largest_values(model) -> dict[str, float]:
     """The largest absolute value of each tensor that trains; NaN where it holds one."""
     return {name: tensor.abs().max().item() for name, tensor in state(model).items()
             if tensor.is_floating_point()}
@@ -178,12 +179,12 @@ def print_header(args: Namespace, model, task, plan: str, cut: dict) -> dict[str
     print(f"{args.method} on {args.task}, from {shown(args.model)}, into {args.out}")
     print(f"trainable {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     if adapters(model):
-        own = model.injected
+        own, method = model.injected, METHODS[args.method]
         print(f"{len(adapters(model))} layers adapted: {args.targets or ','.join(own['targets'])}; "
               f"rank {own['rank']}, alpha {own['alpha']:g}, dropout {own['dropout']:g}"
-              + "".join(f", {name} {getattr(args, name)}" for name in METHODS[args.method].hyper
+              + "".join(f", {name} {getattr(args, name)}" for name in method.options
                         if getattr(args, name) is not None)
-              + (f", lr_ratio {args.lr_ratio:g}" if METHODS[args.method].layer.fast else ""))
+              + (f", lr_ratio {args.lr_ratio:g}" if method.layer.lr_ratio_parameters else ""))
     if plan:
         print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
@@ -270,7 +271,7 @@ def train(args: Namespace, run: Run) -> None:
     kind, layers = contract(model)
     task = load_task(args.task, tokenizer, args.max_length, **options_in(args))
     resolve_task(args, task)
-    plan = kind.plan(layers, args.steps)
+    plan = kind.start(layers, args.steps)
     sequences, unseen = (encode_all(split, tokenizer, model, args.max_length, loss_on=args.loss_on)
                          for split in (task.train, sample(task.valid, args.max_eval)))
     held_out = {split: [task.sequences(e, tokenizer, model) for e in getattr(task, split)]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from adalora import budget
 from data import OPTIONS
-from dual_lora import sign_
+from dual_lora import sign_in_place
 from experiments.measures import (change_rates, direction_change, effective_rank, flipped,
                                   indices_of, magnitude_change, normalised, null_rates,
                                   numerical_rank, overlap, switched_off, top)
@@ -313,7 +313,7 @@ def draw_update(axes, layer, products: list[str], size: float) -> None:
         axes.text(width + 3, start + n / 2, last, va="center")
         reach += n + GAP
     if hasattr(layer, "magnitude"):
-        change = layer.magnitude / layer.base.weight.norm(dim=1) - 1
+        change = layer.magnitude / layer.W0.norm(dim=1) - 1
         draw_block(axes, change[:height, None].expand(-1, 5), width + GAP, 0)
         axes.text(width + GAP + 2, height + 3, "$m$", ha="center", va="top")
 
@@ -477,9 +477,9 @@ def matrices_of(run: SavedRun, paths: list[str]) -> dict[str, list]:
         parts, random = ([dual_products(factors, path) for path in paths]
                          for factors in (tensors, gaussian))
         found |= {"Dual: ReLU(BA)": [BA.relu() for BA, _ in parts],
-                  "Dual: Sign(DC)": [sign_(DC) for _, DC in parts],
-                  "random dW": [BA.relu() * sign_(DC) for BA, DC in random],
-                  "random Sign(DC)": [sign_(DC) for _, DC in random]}
+                  "Dual: Sign(DC)": [sign_in_place(DC) for _, DC in parts],
+                  "random dW": [BA.relu() * sign_in_place(DC) for BA, DC in random],
+                  "random Sign(DC)": [sign_in_place(DC) for _, DC in random]}
     return found
 
 

@@ -71,7 +71,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         raise UserError("Dual LoRA's update has no low rank: give --rank, of the LoRA that is to "
                         "stand for it" if rank is None else
                         f"a rank is for Dual LoRA; {method} is written as it is")
-    largest = max(min(layer.base.weight.shape) for layer in layers.values())
+    largest = max(min(layer.W0.shape) for layer in layers.values())
     if rank is not None and not 1 <= rank <= largest:
         raise UserError(f"rank {rank}: must be from 1 to {largest}")
     errors, modules, tensors, known = {}, {}, {}, modules_of(model)

@@ -2,7 +2,6 @@
 import math
 import os
 from argparse import BooleanOptionalAction, Namespace
-from collections import defaultdict
 from inspect import Parameter
 from pathlib import Path
 
@@ -18,27 +17,9 @@ from support.run import FILES, PRECISIONS, ROOT, read_config, visible
 
 BASE = ROOT / "data" / "base"
 ADAPTER_FLAGS = {"rank": 8, "alpha": None, "dropout": 0.0, "targets": "q,k,v,up,down"}
-HYPER = {name: ([key for key, other in METHODS.items() if name in other.hyper], default)
-         for method in METHODS.values() for name, default in method.hyper.items()}
-HELP = defaultdict(str, {
-    "norm_gradient": "let the gradient through the norm too",
-    "init_rank": "directions of each layer at the start",
-    "t_init": "steps before any pruning; below 1, a share of the run",
-    "t_final": "steps after the last of it, likewise",
-    "delta_t": "steps between two prunings",
-    "beta1": "smoothing of the importance",
-    "beta2": "smoothing of its uncertainty",
-    "gamma": "weight of the penalty that keeps P and Q orthonormal",
-    "directions": "directions of W0 that get a coordinate",
-    "prelaunch": "steps of plain LoRA before they are chosen",
-    "r1": "rank of the magnitude B A",
-    "r2": "rank of the direction D C",
-    "update_warmup": "steps over which the update grows from 0 to its full size",
-    "init_share": "size of the untrained update over W0's, once warmed up",
-    "init_std": "standard deviation of the four matrices at the start, instead",
-    "clip": "clip the gradient through Sign at 1",
-    "direction_lr": "learning rate of C and D over that of A and B",
-})
+# Every method's own hyperparameters, each said once, on its class: name -> (default, help, ...).
+OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
+                      for name, option in method.options.items()}
 
 
 def parse(argv: list[str] | None, doc: str = "") -> Namespace:
@@ -59,13 +40,12 @@ def parse(argv: list[str] | None, doc: str = "") -> Namespace:
     adapter.add_argument("--targets", help="layer names, comma-separated (q,k,v,up,down)")
     adapter.add_argument("--lr-ratio", type=float, help="learning rate of B (dual: B and D) over "
                                                         "that of the rest (1; lora+ 16)")
-    for name, (users, default) in HYPER.items():
-        kind = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
-                dict(type=float if name == "init_std" else int if default is None else
-                     type(default)))
-        shown = {None: "from --rank", False: "no", True: "yes"}.get(default, default)
-        shown = "from --init-share" if name == "init_std" else shown
-        adapter.add_argument(flag(name), **kind, help=f"{', '.join(users)}: {HELP[name]} ({shown})")
+    for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
+        users = ", ".join(key for key, method in METHODS.items() if name in method.options)
+        how = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
+               dict(type=kind[0] if kind else type(default)))
+        shown = {None: "", False: " (no)", True: " (yes)"}.get(default, f" ({default})")
+        adapter.add_argument(flag(name), **how, help=f"{users}: {words}{shown}")
     loop = parser.add_argument_group("loop")
     loop.add_argument("--lr", type=float, help="peak learning rate (per method: one for the "
                                                "models that ship, another for larger ones)")
@@ -107,11 +87,11 @@ def parse(argv: list[str] | None, doc: str = "") -> Namespace:
 
 def unused_flags(method: str) -> list[str]:
     """The names of the flags that mean nothing to a method."""
-    layer, own = METHODS[method].layer, METHODS[method].hyper
-    unused = [name for name in HYPER if name not in own]
+    layer, own = METHODS[method].layer, METHODS[method].options
+    unused = [name for name in OPTIONS_OF_METHODS if name not in own]
     if layer is None:
         unused += ADAPTER_FLAGS
-    if layer is None or not layer.fast:
+    if layer is None or not layer.lr_ratio_parameters:
         unused.append("lr_ratio")
     return unused
 
@@ -188,7 +168,8 @@ def resolve(args: Namespace) -> None:
                 "eval_batch_size": BATCH_SIZE, "dtype": "fp32",
                 "grad_checkpointing": False, "compile": False, "device": default_device()})
     if method.layer is not None:
-        fill(args, method.hyper | ({"lr_ratio": method.lr_ratio} if method.layer.fast else {}))
+        fill(args, method.defaults | (
+            {"lr_ratio": method.lr_ratio} if method.layer.lr_ratio_parameters else {}))
     if method.layer is not None and args.from_peft is None:
         fill(args, ADAPTER_FLAGS)
         fill(args, {"alpha": 2.0 * args.rank})
@@ -241,7 +222,7 @@ def resolve_task(args: Namespace, task) -> None:
 def adapt(model, args: Namespace) -> None:
     """Puts the adapters in; fills in what r1, r2 and init_rank come to."""
     method = METHODS[args.method]
-    hyper = {name: getattr(args, name) for name in method.hyper}
+    hyper = {name: getattr(args, name) for name in method.options}
     if args.from_peft is not None:
         import_peft(model, args.from_peft, **hyper)
     elif method.layer is None:

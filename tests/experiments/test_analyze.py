@@ -11,7 +11,7 @@ from runs import refused
 from safetensors.torch import load_file
 
 import train
-from dual_lora import sign_
+from dual_lora import sign_in_place
 from experiments import analyze
 from experiments.analyze import end_of, read_sweep, saved_at, start_of, updates
 from experiments.measures import (change_rates, direction_change, effective_rank, flipped,
@@ -204,7 +204,7 @@ def test_ranks_of_the_updates_are_those_of_the_methods(sweep, figures):
     end = load_file(sweep / "dual-0" / "adapter.safetensors")
     paths = [name[:-2] for name in end if name.endswith(".D")]
     for label, matrices in (
-            ("Dual: Sign(DC)", [sign_(end[f"{path}.D"] @ end[f"{path}.C"]) for path in paths]),
+            ("Dual: Sign(DC)", [sign_in_place(end[f"{path}.D"] @ end[f"{path}.C"]) for path in paths]),
             ("Dual: ReLU(BA)", [(end[f"{path}.B"] @ end[f"{path}.A"]).relu() for path in paths])):
         ranks = [effective_rank(torch.linalg.svdvals(matrix.double())) for matrix in matrices]
         assert figures["spectra"][label]["effective_rank"][0] == pytest.approx(

@@ -21,7 +21,7 @@ def run(layers, steps, after=lambda step: None):
     """A training run in which every gradient is random."""
     optimizer = torch.optim.AdamW([p for layer in layers for p in (layer.P, layer.lam, layer.Q)],
                                   lr=0.01)
-    AdaLoRALinear.plan(layers, steps)
+    AdaLoRALinear.start(layers, steps)
     for step in range(steps):
         for layer in layers:
             for p in (layer.P, layer.lam, layer.Q):
@@ -221,16 +221,16 @@ def test_with_nothing_to_prune_nothing_is_pruned():
 def test_a_schedule_that_leaves_no_step_to_prune_in_is_refused_before_the_first(phases, steps):
     layer = ada(t_init=phases[0], t_final=phases[1])
     layer.lam.grad = torch.ones(3)
-    for call in (lambda: AdaLoRALinear.plan([layer], steps),
+    for call in (lambda: AdaLoRALinear.start([layer], steps),
                  lambda: AdaLoRALinear.on_step([layer], 0, steps)):
         with pytest.raises(UserError, match="t_init .* t_final"):
             call()
 
 
 def test_the_plan_says_what_will_happen():
-    assert AdaLoRALinear.plan(iter([ada(rank=2), ada(rank=2)]), 100) == (
+    assert AdaLoRALinear.start(iter([ada(rank=2), ada(rank=2)]), 100) == (
         "6 directions, pruned to 4 in steps 11 to 70")
-    assert AdaLoRALinear.plan([ada(rank=2, init_rank=2)], 100) == ""
+    assert AdaLoRALinear.start([ada(rank=2, init_rank=2)], 100) == ""
 
 
 def test_a_step_that_overflowed_tells_nothing():

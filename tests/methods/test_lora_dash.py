@@ -127,8 +127,8 @@ def test_adam_s_state_of_the_coordinates_starts_with_the_dash():
 def test_a_run_too_short_for_its_prelaunch_dashes_after_its_first_quarter():
     assert [last_prelaunch_step(n, 100) for n in (2, 4, 12, 100, 101, 300)] == [0, 0, 2, 24, 99, 99]
     with pytest.raises(UserError, match="at least 2 steps"):
-        LoRADashLinear.plan([], 1)
-    assert LoRADashLinear.plan([dash(6, 5, prelaunch=7)], 20) == (
+        LoRADashLinear.start([], 1)
+    assert LoRADashLinear.start([dash(6, 5, prelaunch=7)], 20) == (
         "plain LoRA up to step 6, then the dash")
 
 

@@ -131,7 +131,7 @@ def test_nothing_of_the_size_of_the_weight_is_kept_for_backward_but_the_weight(m
             loss = y.sum() + kind.extra_loss([layer])
         loss.backward()
         kind.on_step([layer], step, 4)
-        assert large == {layer.base.weight.data_ptr()}
+        assert large <= {layer.base.weight.data_ptr()}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -373,7 +373,7 @@ def test_a_file_holds_its_settings_and_what_trains_and_no_more(method, tmp_path)
     assert settings["method"] == method
     if method in ADAPTED:
         assert (settings["targets"], settings["rank"]) == (["q", "v"], 4)
-        assert set(METHODS[method].hyper) <= set(settings)
+        assert set(METHODS[method].defaults) <= set(settings)
         assert not any("base" in name for name in names)
     else:
         assert len(names) == len(list(model.parameters()))     # the tied weight is there once
@@ -511,12 +511,12 @@ def test_dropout_and_evaluation_mode_reach_the_new_layers():
 
 
 def test_the_defaults_are_the_papers_and_where_they_leave_a_choice_the_searches():
-    assert METHODS["dual"].hyper == dict(r1=None, r2=None, update_warmup=5, init_share=0.01,
+    assert METHODS["dual"].defaults == dict(r1=None, r2=None, update_warmup=5, init_share=0.01,
                                          init_std=None, clip=True, direction_lr=0.3)
-    assert METHODS["dora"].hyper == {"norm_gradient": False}
-    assert METHODS["adalora"].hyper == dict(init_rank=None, t_init=0.1, t_final=0.3, delta_t=1,
+    assert METHODS["dora"].defaults == {"norm_gradient": False}
+    assert METHODS["adalora"].defaults == dict(init_rank=None, t_init=0.1, t_final=0.3, delta_t=1,
                                             beta1=0.85, beta2=0.85, gamma=0.01)
-    assert METHODS["dash"].hyper == dict(directions=8, prelaunch=100)
+    assert METHODS["dash"].defaults == dict(directions=8, prelaunch=100)
     assert METHODS["lora+"].lr_ratio == 16 and METHODS["lora"].lr_ratio == 1
 
 
@@ -524,7 +524,7 @@ def test_the_defaults_are_the_papers_and_where_they_leave_a_choice_the_searches(
 @pytest.mark.parametrize("method", METHODS)
 def test_every_trainable_parameter_is_in_exactly_one_group(method):
     model = injected(method)
-    ratio = METHODS[method].lr_ratio if METHODS[method].layer and METHODS[method].layer.fast else 1
+    ratio = METHODS[method].lr_ratio
     groups = param_groups(model, 0.01, weight_decay=0.1, lr_ratio=ratio)
     listed = [p for group in groups for p in group["params"]]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -542,7 +542,7 @@ def test_the_ratio_speeds_up_what_the_class_declares_and_a_schedule_keeps_it(met
     optimizer.step()
     schedule.step()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    own = METHODS[method].hyper.get("direction_lr")
+    own = METHODS[method].defaults.get("direction_lr")
     for name, p in model.named_parameters():
         if p.requires_grad:
             last = name.rpartition(".")[2]
