@@ -98,7 +98,9 @@ class DualLoRALinear(AdapterLinear):
         An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its
         square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
         """
-        if self.init_std is not None or self.W0.is_meta:
+        if self.W0.is_meta:
+            return None
+        if self.init_std is not None:
             return self.init_std
         size = rms(self.W0)
         if not 0 < size < math.inf:
@@ -129,8 +131,8 @@ class DualLoRALinear(AdapterLinear):
         changes = id(self.A), self.A._version, self.warmup._version
         last, self.last_cold = self.last_cold or changes, changes
         if (last[0], last[2]) == (changes[0], changes[2]) and last[1] != changes[1]:
-            raise UserError("Dual LoRA took a step with its warm-up at 0: call on_step after every "
-                            "optimizer.step(), or inject with update_warmup=0")
+            raise UserError("Dual LoRA's A has changed while its warm-up stayed at 0: call on_step "
+                            "after every optimizer.step(), or inject with update_warmup=0")
 
     def lr_factor(self, name: str) -> float:
         return self.direction_lr if name in ("C", "D") else 1.0
@@ -144,7 +146,7 @@ class DualLoRALinear(AdapterLinear):
         length = warmup_length(total_steps, longest)
         share = max((layer.start_share() for layer in layers if layer.std is not None), default=0)
         return (f"the update warms up from 0 to 1 over {length} steps; " * (length > 0)
-                + f"untrained it is at most {100 * share:.2g} % of a layer's weights"
+                + f"untrained it is at most {100 * share:.3g} % of a layer's weights"
                 + "; warning: above 20 % it damages what the model knows" * (share > 0.2))
 
     @classmethod

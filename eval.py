@@ -132,10 +132,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
         tokens = [task.sequences(e, tokenizer, model) for e in task.test]
-        check_same(args.run, test_data=data_fingerprint(task.test, tokens))
+        check_same(args.run, test_data=data_fingerprint(task.test, tokens, task.notes))
         load_adapters(args.run, model)
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
     scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
+    for name, value in scores.values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{args.run or args.model}: the score {name} is {value}: the model "
+                            "overflows")
     if rank() > 0:
         return
     if args.predictions is not None:

@@ -53,12 +53,12 @@ METHODS = {
     "dash": Method(LoRADashLinear, 1e-2, 2e-4, "the paper's"),
     "dual": Method(DualLoRALinear, 1.4e-2, 2e-3),
 }
+LISTED = dict(METHODS)
 
 
 def is_listed(method: str) -> bool:
     """The method stands in this file, and was not added to METHODS by a file of one's own."""
-    layer = METHODS[method].layer
-    return layer is None or globals().get(layer.__name__) is layer
+    return METHODS[method] is LISTED.get(method)
 
 
 def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int = 8,
@@ -238,9 +238,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
             for name, tensor in own.items():
-                value = file.get_tensor(name)
-                refuse_not_finite(value, name)
-                tensor.copy_(value)
+                tensor.copy_(file.get_tensor(name))
+                refuse_not_finite(tensor, name)
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})
         model.__dict__.pop("injected", None)

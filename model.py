@@ -183,6 +183,14 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class Embedding(nn.Embedding):
+    """Draws no numbers on torch's meta device: to do so there imports the compiler for a second."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Transformer(nn.Module):
     """model(tokens) -> next-token logits.
 
@@ -192,8 +200,8 @@ class Transformer(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         c, self.config = config, config
-        self.embed = nn.Embedding(c.vocab_size, c.d_model)
-        self.positions = nn.Embedding(c.max_positions, c.d_model) if c.is_gpt2 else None
+        self.embed = Embedding(c.vocab_size, c.d_model)
+        self.positions = Embedding(c.max_positions, c.d_model) if c.is_gpt2 else None
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c)
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)

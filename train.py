@@ -143,10 +143,9 @@ def stop_unless_finite(numbers: dict[str, float], when: str, done: int, run: Run
         bar.close()
     if rank() == 0:
         good = run.folder / (BEFORE if run.newest == done else NEWEST)
-        own = run.replacing is None                     # else what is there is the older run's
         said = ", ".join(f"{name} {value}" for name, value in list(bad.items())[:3])
         print(f"error: {when}: {said}; " + "a lower --lr may help; " * (done > 0)
-              + (f"the last good state is {good}" if own and good.exists() else
+              + (f"the last good state is {good}" if run.own and good.exists() else
                  "no good state was saved"),
               file=sys.stderr)
     sys.exit(1)
@@ -280,11 +279,14 @@ def train(args: Namespace, run: Run) -> None:
            "held out": sum(any(s.cut for s in of_example) for of_split in held_out.values()
                            for of_example in of_split)}
     for split, tokens in {"train": sequences, **held_out}.items():
-        began_with[f"{split}_data"] = data_fingerprint(getattr(task, split), tokens)
+        began_with[f"{split}_data"] = data_fingerprint(getattr(task, split), tokens,
+                                                        task.notes)
 
     run.claim(args)
     if args.resume:
         check_same(args.out, **began_with)
+    else:
+        run.begin({"args": vars(args), "versions": versions(), **began_with}, args.overwrite)
     counts = print_header(args, model, task, plan, cut)
 
     def scores(split: str):
@@ -296,16 +298,15 @@ def train(args: Namespace, run: Run) -> None:
         loss = sum(s.loss for s in found) / sum(s.tokens for s in found)
         return {"loss": loss} | scores("valid").values
 
-    if args.resume:
-        before = read_config(args.out)["before"]
-    else:
-        before = None if args.skip_before else scores("test").values
-        stop_unless_finite(before or {}, "before training", 0, run)
-        run.begin({"args": vars(args), "versions": versions(), "before": before, **began_with},
-                  args.overwrite)
+    before = read_config(args.out).get("before") if args.resume else None
+    if before is None and not args.skip_before:
+        before = scores("test").values
+        stop_unless_finite(before, "before training", 0, run)
+        run.note(before=before)
     fit(model, sequences, args, run, validate)
     after, valid = scores("test"), validate()
-    stop_unless_finite(after.values | valid, "after training", args.steps, run)
+    for found in (after.values, valid):
+        stop_unless_finite(found, "after training", args.steps, run)
     if rank() > 0:
         return
     save(model, run.folder / "adapter.safetensors")
@@ -323,8 +324,8 @@ def train(args: Namespace, run: Run) -> None:
     example = next((e for e in task.test if isinstance(e, Example) and "\n" not in e.prompt), None)
     print(f"{time.time() - began:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
     if not is_listed(args.method):
-        print(f"  (once {METHODS[args.method].layer.__name__} stands in methods.py, where eval.py "
-              "and convert.py look for it)")
+        print(f"  (once {args.method} stands in methods.py, where eval.py and convert.py look for "
+              "it)")
     print(f"  python eval.py --run {shlex.quote(args.out)}"
           + (f" --prompt {shlex.quote(example.prompt)}" if example else ""))
 

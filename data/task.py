@@ -72,9 +72,9 @@ class Task:
         return [encode(example, tokenizer, self.max_length)]
 
 
-def data_fingerprint(examples: list, sequences: list) -> str:
-    """sha256 of a split: of each example, and of the tokens that it becomes."""
-    digest = hashlib.sha256()
+def data_fingerprint(examples: list, sequences: list, notes: dict) -> str:
+    """sha256 of a split: each example, the tokens that it becomes, and the task's notes."""
+    digest = hashlib.sha256(repr(notes).encode())
     for pair in zip(examples, sequences, strict=True):
         digest.update(repr(pair).encode())
     return digest.hexdigest()

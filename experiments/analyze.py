@@ -36,7 +36,7 @@ from experiments.measures import (change_rates, direction_change, effective_rank
                                   indices_of, magnitude_change, normalised, null_rates,
                                   numerical_rank, overlap, switched_off, top)
 from experiments.plots import COLOURS, LABELS, line_of, plt, save_figure
-from experiments.results import SavedRun, chosen, main_metric, read_runs, spread
+from experiments.results import SavedRun, chosen, main_metric, on_validation, read_runs, spread
 from formats.checkpoint import load_pretrained
 from lora_dash import last_prelaunch_step
 from methods import METHODS, adapters, merge, state
@@ -395,7 +395,7 @@ def draw_rates(sweep: Sweep):
     Ringed: the rate that chosen() takes. The JSON has every seed."""
     found = defaultdict(lambda: defaultdict(dict))      # method, rank -> lr -> seed -> score
     for run in sorted(sweep.runs, key=lambda run: (run.args.lr, run.args.seed)):
-        value = run.result["valid"][sweep.metric]
+        value = on_validation(run.result, sweep.metric)
         found[run.args.method, run.args.rank][run.args.lr][run.args.seed] = value
     if max(map(len, found.values())) < 2:
         raise Lacking("needs a method's runs with several learning rates")

@@ -7,8 +7,9 @@
                                                     are finished
 
 Each part is a few sweeps of ablate.py, which says how a learning rate is chosen. A run's seed also
-draws its facts. What a method leaves open (choices) is varied with `--rewrite-seed 1`, and with as
-many trials for every method. TUNED was set from a first version of that part, which had one seed.
+draws its facts. What a method leaves open (choices) is varied on the facts of seeds from 1,000 on,
+which no other part sees, and with as many trials for every method. TUNED was set from a first
+version of that part, which had one seed.
 The tables but README's first one were made before Dual LoRA's start took its size from W0 and
 before seeds drew the facts; they are to be made again.
 """
@@ -48,7 +49,7 @@ CHOICES = {
     "lora+": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=4,8",
     "dora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=2 "
             "norm-gradient=yes",
-    "adalora": "gamma=0.01,0.03,0.3 init-rank=8,16 t-init=0.02 t-final=0.5 warmup=60 alpha=32",
+    "adalora": "gamma=0.03,0.1,0.3 init-rank=8,16 t-init=0.02 t-final=0.5 warmup=60 alpha=32",
     "dash": "prelaunch=25,150 directions=4,16 warmup=5,60 alpha=8,32 weight-decay=0.1"}
 
 
@@ -62,7 +63,8 @@ ADAPTERS = ",".join(TUNED)
 SEARCH = "--search-seeds 0 --seeds 0,1,2"
 FACTS = f"--search-seeds 0 --eval-every 50 --snapshot-every 20 --out {RUNS}/facts"
 PARTS = {
-    "choices": [f"--methods {method} --rewrite-seed 1 --lrs x0.5,x0.7,x1,x1.4,x2 {SEARCH} "
+    "choices": [f"--methods {method} --lrs x0.5,x0.7,x1,x1.4,x2 "
+                f"--search-seeds 1000 --seeds 1000,1001,1002 "
                 f"--one-at-a-time {' '.join(f'--vary {choice}' for choice in choices.split())} "
                 f"--out {RUNS}/choices/{method}" for method, choices in CHOICES.items()],
     "facts": [

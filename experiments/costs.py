@@ -1,7 +1,6 @@
 """What each method costs, by its formulas: parameters, multiply-adds, memory.
 
-bench.py prints these beside what it measures; tests/experiments/test_costs.py holds them against the code
-itself, whose multiply-adds torch counts, and what autograd keeps of it. For one layer: W0
+bench.py prints these beside what it measures; test_costs.py holds them against the code itself, whose multiply-adds torch counts, and what autograd keeps of it. For one layer: W0
 (out, in), n tokens, rank r; AdaLoRA starts with r0 = 1.5 r, LoRA-Dash dashes along s = 8
 directions; `thin` is in + out, `whole` in * out. Left out is what grows neither with `whole` nor
 with n times a width.

@@ -167,5 +167,6 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
 def search_of(args: Namespace, rest: list[str]) -> list[Trial]:
     """Every learning rate of every setting, with the search's seeds."""
     return [trial(setting, lr, seed, args, rest) for setting in settings(args)
-            for lr in rates(setting.method, dict(setting.varied).get("model", args.model), args.lrs)
+            for lr in rates(setting.method, dict(setting.varied).get("model") or args.model,
+                            args.lrs)
             for seed in args.search_seeds]

@@ -17,7 +17,7 @@ from support.run import finished, read_flags
 AVERAGE = "Avg."            # what a task of several sets calls the column over all of them
 LOWER_IS_BETTER = ("loss", "perplexity")
 OF_ONE_RUN = ("lr", "seed", "out", "command", "resume", "overwrite", "save_every", "snapshot_every",
-              "eval_every", "eval_batch_size")      # flags; the last four do not change the run
+              "eval_every", "eval_batch_size", "skip_before")   # flags; the last five change no run
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ def read_run(folder: str | Path) -> SavedRun | None:
         result = json.loads(path.read_text(encoding="utf-8"))
         check(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict, trainable=int,
               seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
-        check(result["valid"], **{name: Number for name in ["loss", *result["after"]]})
+        check(result["valid"], loss=Number)
+        check(result["valid"] | result["after"], **{name: Number for name in result["after"]})
+        on_validation(result, main_metric(result))
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for line in log:
@@ -80,12 +82,26 @@ def read_runs(folder: str | Path) -> list[SavedRun]:
 def main_metric(result: dict) -> str:
     """The metric that a task is judged by: its average, where it has one, else its first."""
     names = list(result["after"])
-    return next((name for name in names if name.endswith(f"/{AVERAGE}")), names[0])
+    return next((name for name in names if f"/{AVERAGE}" in name), names[0])
+
+
+def on_validation(result: dict, metric: str) -> float:
+    """The validation score that stands for a test metric. Validation may cover other sets than the
+    test: then it is the average over its own, or the score without the test's group.
+
+    Raises ValueError if there is none.
+    """
+    valid, row = result["valid"], metric.partition("/")[0]
+    for name in valid:
+        if name == metric or metric not in valid and (
+                name.startswith(f"{row}/{AVERAGE}") or metric.startswith(f"{name}_")):
+            return valid[name]
+    raise ValueError(f"no validation score stands for {metric}")
 
 
 def validation(run: SavedRun, metric: str) -> float:
     """What learning rates are chosen by; more is better."""
-    value = run.result["valid"][metric]
+    value = on_validation(run.result, metric)
     return -value if metric in LOWER_IS_BETTER else value
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from experiments.grid import Trial, parse, search_of, trial
-from experiments.results import read_run
+from experiments.results import on_validation, read_run
 from experiments.table import (best_rates, collect, draw, markdown, metric_of, notes, rows_of,
                                saved_sweep, write_results)
 from support.errors import UserError
@@ -110,8 +110,8 @@ class Runner:
             tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
             return
         name = metric_of({trial.setting: [run]}, self.metric)
-        tqdm.write(f"{trial.folder.name}: {name} {run.result['valid'][name]:.4f} on validation, "
-                   f"{run.result['after'][name]:.4f} on the test, {run.result['seconds']:.0f} s",
+        tqdm.write(f"{trial.folder.name}: {name} {on_validation(run.result, name):.4f} on "
+                   f"validation, {run.result['after'][name]:.4f} on the test, {run.result['seconds']:.0f} s",
                    file=sys.stderr)
 
 

@@ -41,7 +41,7 @@ def best_rates(found: Found, metric: str) -> Found:
 def metric_of(found: Found, name: str | None) -> str:
     """--metric, or the task's main one. UserError: the task does not have it."""
     result = next(iter(found.values()))[0].result
-    known = result["after"].keys() & result["valid"].keys()
+    known = result["after"]
     if name is not None and name not in known:
         raise UserError(f"--metric {name}: the task has no such metric" + nearest(name, known))
     return name or main_metric(result)
@@ -88,7 +88,7 @@ def plus_minus(runs: list[SavedRun], metric: str, limits: bool = False,
 def beside(result: dict, metric: str) -> list[str]:
     """The metrics beside the main one: of a task of several sets the averages alone."""
     return [name for name in result["after"] if name != metric
-            and ("/" not in name or name.endswith(f"/{AVERAGE}"))]
+            and ("/" not in name or f"/{AVERAGE}" in name)]
 
 
 def markdown(rows: list[dict[str, str]]) -> str:

@@ -198,6 +198,7 @@ def import_peft(model: nn.Module, folder: str | Path, **hyper) -> nn.Module:
             for parameter, value in updates[name]._asdict().items():
                 if isinstance(value, Tensor):
                     getattr(layer, parameter).copy_(value)
+                    refuse_not_finite(getattr(layer, parameter), f"{folder}: {name}.{parameter}")
     return model
 
 

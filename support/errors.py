@@ -75,14 +75,14 @@ class Output:
 def lenient_output() -> Iterator[None]:
     """Inside, standard output and standard error are each an Output."""
     streams = sys.stdout, sys.stderr
-    outputs = [stream and Output(stream) for stream in streams]     # None: closed from the start
-    sys.stdout, sys.stderr = outputs
-    try:
-        yield
-    finally:
-        for output in filter(None, outputs):
-            output.flush()
-        sys.stdout, sys.stderr = streams
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:        # for one closed from the start
+        sys.stdout, sys.stderr = (Output(stream or nowhere) for stream in streams)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            sys.stdout, sys.stderr = streams
 
 
 def exit_on_user_error(main: Callable) -> Callable:

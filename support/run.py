@@ -14,6 +14,7 @@ cannot work in one folder at a time.
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -86,6 +87,18 @@ class Run:
             self.replacing = config
         else:
             self.write("config.json", config)
+
+    def note(self, **more) -> None:
+        """Adds to config.json what is known only after the run has begun, before its first step."""
+        if self.replacing is not None:
+            self.replacing |= more
+        else:
+            self.write("config.json", read_config(self.folder) | more)
+
+    @property
+    def own(self) -> bool:
+        """What stands in the folder is this run's, and not an older one's."""
+        return self.replacing is None
 
     @property
     def begun(self) -> bool:
@@ -212,7 +225,9 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
         if file.testzip() is not None:
             raise ValueError(f"{file.testzip()} in it is damaged")
     saved = torch.load(path, weights_only=True)
-    for name, tensor in saved["model"].items():
+    of_optimizer = saved["optimizer"]["state"].values()
+    for name, tensor in [*saved["model"].items(), *(item for of_parameter in of_optimizer
+                                                     for item in of_parameter.items())]:
         refuse_not_finite(tensor, name)
     if saved["run"] != identity:
         raise ValueError("it is another run's, or config.json was edited")
@@ -266,8 +281,10 @@ def read_config(folder: str | Path) -> dict:
         for name, kind in kinds.items():
             if not isinstance(config["args"][name], kind):
                 raise ValueError(f"{name} is {config['args'][name]!r}")
-        if not isinstance(config["before"], (dict, NoneType)):
-            raise ValueError(f"before is {config['before']!r}")
+        before = config.get("before") or {}
+        if not isinstance(before, dict) or not all(
+                isinstance(value, Number) and math.isfinite(value) for value in before.values()):
+            raise ValueError(f"before is {before!r}")
     except FileNotFoundError:
         raise UserError(f"{folder}: not a run folder, it has no config.json") from None
     except KeyError as error:

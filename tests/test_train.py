@@ -783,6 +783,14 @@ def test_the_score_before_is_computed_once_and_can_be_left_out(items, capsys, mo
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--eval-every", "9"])
     before = json.loads(Path("run/config.json").read_text())["before"]
+    with monkeypatch.context() as patch:        # stopped while it is computed: the run has begun
+        patch.setattr(train, "score", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(SystemExit):
+            train.main(["--method", "lora", *items[:-1], "early", "--steps", "2"])
+    assert "before" not in json.loads(Path("early/config.json").read_text())
+    train.main(["--resume", "--out", "early"])
+    assert result_of("early")["before"] == before
+    del asked[3:]
     train.main(["--resume", "--out", "run"])
     assert asked == ["test", "test", "valid", "test", "valid"]      # resumed: no "before" again
     assert result_of("run")["before"] == before and set(before) == {"loss", "perplexity", "exact"}

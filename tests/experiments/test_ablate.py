@@ -17,6 +17,7 @@ from runs import refused, result_of
 
 import ablate
 import train
+from conftest import SHARED, needs
 from data import TASKS
 from experiments import analyze, results, sweep, table
 from experiments.results import difference, spread, within_noise
@@ -141,6 +142,26 @@ def test_a_real_sweep_runs_compares_and_then_finds_everything_done(capsys):
     ablate.main(command)
     assert capsys.readouterr().out == first and len(runs) == 2
     assert runs == {path: path.stat().st_mtime_ns for path in runs}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, folder", [("commonsense", "commonsense"), ("glue/rte", "glue/RTE")])
+@needs(SHARED)
+def test_a_sweep_whose_validation_covers_other_sets_than_its_test_is_compared(task, folder, capsys):
+    ablate.main(["--methods", "lora", "--lrs", "x0.5,x1", "--task", task, "--data-dir",
+                 str(SHARED / folder), "--skip-before", *SHORT])
+    assert len(table_of(capsys.readouterr().out)) == 1
+    analyze.main(["runs/sweep", "--figures", "score,rates"])
+
+
+def test_a_validation_score_stands_for_the_test_s_by_name_average_or_without_its_group():
+    result = {"valid": {"loss": 1.0, "accuracy/train": 0.3, "accuracy/Avg. of 1": 0.4,
+                        "f1": 0.5}, "after": {}}
+    for metric, value in (("loss", 1.0), ("accuracy/Avg. of 7", 0.4), ("accuracy/PIQA", 0.4),
+                          ("f1_matched", 0.5)):
+        assert results.on_validation(result, metric) == value
+    with pytest.raises(ValueError, match="bleu"):
+        results.on_validation(result, "bleu")
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import convert
 import eval as evaluation
 import train
 from formats.checkpoint import load_pretrained, save_pretrained
+from data import load_task
 from methods import METHODS, inject, load, merge, save
 from support.errors import UserError, refuse_not_finite
 
@@ -110,6 +111,17 @@ def test_a_score_that_is_not_finite_is_no_result(capsys, monkeypatch):
             assert not Path(out, "result.json").exists()
     train.main([*flags, "--out", "c"])
     json.dumps(result_of("c"), allow_nan=False)
+    with monkeypatch.context() as patch:        # of the test alone, as eval.py scores it
+        patch.setattr(Text, "score", broken)
+        line = refused(capsys, "--run", "c", "--predictions", "p.jsonl", main=evaluation.main)
+        assert "the score perplexity is nan" in line and not Path("p.jsonl").exists()
+        test = load_task("jsonl", load_pretrained(BASE)[1], 256, data="a.jsonl").test
+        patch.setattr(Text, "score", lambda task, model, tokenizer, examples, size: (
+            broken if examples == test else real)(task, model, tokenizer, examples, size))
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, "--skip-before", "--out", "d"])
+        assert stop.value.code == 1
+        assert "error: after training: perplexity nan" in capsys.readouterr().err
 
 
 def test_an_adapter_file_with_a_bad_number_is_refused_and_the_model_left_as_it_was(base):
@@ -122,11 +134,16 @@ def test_an_adapter_file_with_a_bad_number_is_refused_and_the_model_left_as_it_w
     fresh = load_pretrained(BASE)[0]
     with pytest.raises(UserError, match="layers.1.attn.q.B holds NaN or infinity"):
         load(fresh, "b.safetensors")
+    tensors = {name: tensor.double() for name, tensor in tensors.items()}
+    tensors["layers.1.attn.q.B"][0, 0] = 1e300                  # finite, until it is a float32
+    save_file(tensors, "c.safetensors", {"adapter": json.dumps(model.injected)})
+    with pytest.raises(UserError, match="layers.1.attn.q.B holds NaN or infinity"):
+        load(fresh, "c.safetensors")
     assert fresh.state_dict().keys() == base[0].state_dict().keys()
     model.layers[1].attn.q.B.data[0, 0] = float("nan")
     with pytest.raises(UserError, match="layers.1.attn.q.B holds NaN or infinity"):
-        save(model, "c.safetensors")
-    assert not Path("c.safetensors").exists()
+        save(model, "d.safetensors")
+    assert not Path("d.safetensors").exists()
 
 
 def test_a_merge_that_overflows_float16_is_refused_and_nothing_written(capsys):

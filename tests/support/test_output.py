@@ -39,6 +39,13 @@ def test_a_closed_pipe_stops_neither_a_run_nor_a_sweep():
 
 
 @pytest.mark.slow
+def test_streams_that_are_closed_from_the_start_stop_no_run():
+    command = f"{sys.executable} {train.__file__} --method lora --out run {' '.join(SHORT)}"
+    assert subprocess.run(["sh", "-c", f"{command} >&- 2>&-"]).returncode == 0
+    assert Path("run/result.json").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not FULL.exists(), reason="Linux has it")
 def test_a_full_terminal_and_an_odd_alphabet_stop_no_sweep():
     flags = ["--methods", "lora", "--lrs", "x1", *SHORT]
