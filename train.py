@@ -27,9 +27,10 @@ from formats.checkpoint import open_model
 from methods import METHODS, adapters, contract, is_listed, param_groups, save, state
 from support.errors import UserError, exit_on_user_error, out_of_memory
 from support.flags import adapt, check, parse, resolve, resolve_task, ships, verify
+from support.machine import peak_memory_mb, versions
 from support.processes import everyones, meeting, parallel, rank, start, summed, world
-from support.run import (BEFORE, NEWEST, Run, check_same, fingerprint, peak_memory_mb, read_config,
-                         resumed, stop_requests, versions, visible, weights_dtype)
+from support.run import (BEFORE, NEWEST, Run, check_same, fingerprint, read_config, resumed,
+                         stop_requests, visible, weights_dtype)
 
 
 def fit(model, sequences, args: Namespace, run: Run, validate) -> None:

@@ -57,8 +57,9 @@ from methods import METHODS, contract, inject
 from model import Config, Transformer
 from support.errors import UserError, exit_on_user_error, nearest
 from support.files import atomic_write, new_file
+from support.machine import hardware
 from support.parser import Parser, default_device, device
-from support.run import PRECISIONS, ROOT, hardware
+from support.run import PRECISIONS, ROOT
 
 try:
     import peft

@@ -10,7 +10,7 @@ from experiments.results import (AVERAGE, LOWER_IS_BETTER, SavedRun, chosen, mai
                                  spread, within_noise)
 from support.errors import UserError, nearest
 from support.files import atomic_write
-from support.run import hardware
+from support.machine import hardware
 
 Found = dict[Setting, list[SavedRun]]
 

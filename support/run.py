@@ -16,10 +16,7 @@ import itertools
 import json
 import math
 import os
-import platform
-import re
 import signal
-import subprocess
 import sys
 import zipfile
 from argparse import Namespace
@@ -32,7 +29,6 @@ from typing import Callable, Iterator
 import torch
 
 from data import OPTIONS
-from data.world import VERSION
 from methods import METHODS, load, save, state
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, writing
@@ -380,36 +376,3 @@ def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
         sample = tensor.reshape(-1)[::apart].to("cpu", dtype).contiguous()
         digest.update(sample.view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def versions() -> dict:
-    try:
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
-                             capture_output=True, text=True)
-        commit = git.stdout.strip() or None
-    except OSError:                         # no git on this machine
-        commit = None
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "world": VERSION, "commit": commit, "machine": platform.machine(),
-            "threads": torch.get_num_threads()}
-
-
-def hardware(device: str) -> str:
-    """The name of the processor that a device is."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def peak_memory_mb(device: str) -> float | None:
-    """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    try:
-        import resource
-    except ImportError:                     # Windows has no such counter
-        return None
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10      # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

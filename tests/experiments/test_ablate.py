@@ -13,11 +13,11 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from conftest import SHARED, needs
 from runs import refused, result_of
 
 import ablate
 import train
-from conftest import SHARED, needs
 from data import TASKS
 from experiments import analyze, results, sweep, table
 from experiments.results import difference, spread, within_noise

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import convert
 import eval as evaluation
 import train
-from formats.checkpoint import load_pretrained, save_pretrained
 from data import load_task
+from formats.checkpoint import load_pretrained, save_pretrained
 from methods import METHODS, inject, load, merge, save
 from support.errors import UserError, refuse_not_finite
 
