@@ -2,15 +2,16 @@
 
     W' = W0 + alpha/r0 * P diag(lam) Q           (eq. 3; alpha/r0 as in the official code)
 
-W0 (out, in) is the pretrained weight, frozen; P (out, r0), lam (r0,) and Q (r0, in) train: the
-shape of a singular value decomposition, which a penalty gamma (||P'P - I|| + ||QQ' - I||) in the
-loss keeps P and Q close to (eq. 4). The idea: some matrices need more rank than others. All start
-with r0 = init_rank directions (a column of P, its lam, a row of Q), more than the budget allows;
-step by step the least important directions of the whole model are pruned: their lam is set to 0.
-lam starts at zero: the first step sees exactly the pretrained model.
-
-The cost: r0 (in + out + 1) parameters, three numbers of state for each, and 1.02 times LoRA's step
-on a model of 25 M parameters.
+W0 (out, in) is the pretrained weight, frozen; P (out, r0), lam (r0,) and Q (r0, in) train. A
+penalty keeps P and Q near orthonormal, which gives the shape of a singular value decomposition: it
+is gamma times the mean of ||P'P - I|| and ||QQ' - I|| over all layers (eq. 4 squares and sums).
+The idea: some matrices need more rank than others. All start with r0 = init_rank directions (a
+column of P, its lam, a row of Q), more than the budget allows. Step by step the least important
+directions of the whole model are pruned: their lam is set to 0.
+lam starts at zero: the first step sees exactly the pretrained model. Only lam gets a gradient from
+the loss in it; P and Q wait until lam has moved.
+The cost: r0 (in + out + 1) parameters, of which Ibar and Ubar are kept too, and 1.02 times LoRA's
+step on a model of 25 M parameters.
 
 `learn_importance` and `importance` say what makes a direction important, `budget` how many are kept
 when, `on_step` how a pruned one comes back.
@@ -52,20 +53,21 @@ class AdaLoRALinear(AdapterLinear):
     init_rank: directions that each layer starts with (1.5 rank); rank: those that it keeps at the
     end, on average over the model. t_init, t_final: length of the first and the last phase in
     steps, below 1 as a share of the run; t_final is at least one step. Prunings come at steps that
-    delta_t divides, and at every step of the last phase. The layers of a model share all of these.
+    delta_t divides; between two of them a pruned direction trains and is in use. Each step of the
+    last phase prunes the same directions again, since a step moves them off 0. The layers of a
+    model share all of these.
 
-    Where the official code differs from the paper, this is the code: the 1e-5; the norms in the
-    penalty are not squared, and averaged over all P and Q; importances come from a step's gradients
-    (clipped) and the weights after it. Two things are otherwise: the last phase begins with a
-    pruning whatever delta_t is, as in peft, and exactly the budget is kept where importances are
-    equal. The state, and so a saved file, holds Ibar and Ubar too: three numbers a parameter.
+    As the official code and not the paper: the 1e-5; norms in the penalty that are not squared,
+    and averaged; importances from a step's gradients (clipped) and the weights after it.
+    As neither: the last phase begins with a pruning whatever delta_t is, as in peft; exactly the
+    budget is kept where importances are equal.
     Raises UserError if an option is out of range; for a schedule that cannot work, see start().
     """
 
     options = {
         "init_rank": (None, "directions of each layer at the start (1.5 x --rank)", int),
         "t_init": (0.1, "steps before any pruning; below 1, a share of the run"),
-        "t_final": (0.3, "steps after the last of it, likewise"),
+        "t_final": (0.3, "steps at the end with the target budget, likewise"),
         "delta_t": (1, "steps between two prunings"),
         "beta1": (0.85, "smoothing of the importance"),
         "beta2": (0.85, "smoothing of its uncertainty"),
@@ -130,9 +132,9 @@ class AdaLoRALinear(AdapterLinear):
             s(w) = Ibar * Ubar                                              (eq. 11)
 
         s is high only if w matters and its I has not settled: of two numbers that matter equally,
-        the one that is less well known gets the benefit of the doubt, and one with a perfectly
-        steady I counts nothing. Means, not sums: a direction of a large matrix is not kept for
-        having more numbers.
+        the one that is less well known gets the benefit of the doubt. A steady I counts nothing
+        once Ibar has caught up with it; t_init gives it the time.
+        Means, not sums: a direction of a large matrix is not kept for having more numbers.
         """
         return (self.Ibar_lam * self.Ubar_lam + (self.Ibar_P * self.Ubar_P).mean(0)
                 + (self.Ibar_Q * self.Ubar_Q).mean(1))

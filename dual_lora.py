@@ -5,8 +5,9 @@
 A (r1, in) and B (out, r1) say how far each weight moves. C (r2, in) and D (out, r2) say which way.
 (.) is element by element; Sign(x) = +1 if x > 0, else -1. The idea: fine-tuning moves every weight
 by a size and a sign. One thin product for each gives an update of nearly full rank.
-The start (section 3.3): a zero matrix behind ReLU gets no gradient, ever, so all four matrices are
-Gaussian. Instead `warmup` is 0 in the first step, which sees exactly the pretrained model.
+The start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train. All four
+matrices start Gaussian. `warmup` is 0 in the first step, which sees the pretrained model and trains
+nothing; then it lets the random update in, here over 5 steps and at 1 % of W0's size.
 The cost: as many parameters as LoRA. The update is a full matrix, so a training step takes 1.25
 times LoRA's time on a model of 25 M parameters; no such matrix is kept for backward.
 """
@@ -21,7 +22,8 @@ from support.errors import UserError
 
 
 class Sign(torch.autograd.Function):
-    """Sign's own gradient is 0. Straight-through: dL/dx = clip(dL/dSign, -1, 1) (section 3)."""
+    """Sign, whose own gradient is 0. Straight-through passes the gradient on to x, clipped:
+    dL/dx = clip(dL/dSign, -1, 1) (section 3). Where ReLU is 0, size and sign get none."""
 
     @staticmethod
     def forward(ctx, x, limit):
@@ -52,7 +54,7 @@ class DualLoRALinear(AdapterLinear):
         "r1": (None, "rank of the magnitude B A (half of --rank)", int),
         "r2": (None, "rank of the direction D C (half of --rank)", int),
         "update_warmup": (5, "steps over which the update grows from 0 to its full size"),
-        "init_share": (0.01, "size of the untrained update over W0's, once warmed up"),
+        "init_share": (0.01, "rms of the untrained update at full warm-up over that of W0"),
         "init_std": (None, "standard deviation of A, B, C, D at the start (from --init-share)",
                      float),
         "clip": (True, "clip the gradient through Sign at 1"),
@@ -116,17 +118,18 @@ class DualLoRALinear(AdapterLinear):
     def forward(self, x):
         if self.warmup == 0 and torch.is_grad_enabled():
             self.refuse_a_second_cold_step()
-        if self.training and self.dropout.p > 0:        # on the update's input alone, as in LoRA
-            return super().forward(x)
-        if torch.compiler.is_compiling():   # the blocks write in place, which it would have to undo
+        if self.training and self.dropout.p > 0:
+            return super().forward(x)       # which builds the whole dW, and again in backward
+        if torch.compiler.is_compiling():   # it would have to undo the blocks' writes in place
             return torch.compiler.disable(block_product)(self, x)
         return block_product(self, x)
 
     def refuse_a_second_cold_step(self) -> None:
         """Raises UserError in a loop that never calls on_step: at warm-up 0 all gradients are 0.
 
-        Tells by torch's counters of changes in place: A has changed since the last forward,
-        `warmup` has not. A fused optimizer does not count its changes and goes unseen.
+        Compares torch's counters of changes in place with the last forward's: A has changed,
+        `warmup` has not. An optimizer step counts as a change of A even at gradient 0. A fused
+        optimizer does not count its changes and goes unseen.
         """
         changes = id(self.A), self.A._version, self.warmup._version
         last, self.last_cold = self.last_cold or changes, changes
@@ -195,7 +198,7 @@ class BlockProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, A, B, C, D, layer, scale):
+    def forward(ctx, x, A, B, C, D, layer, scale):       # the warm-up is a factor of this scale
         ctx.save_for_backward(x, A, B, C, D)
         ctx.layer, ctx.scale, bias = layer, scale, layer.base.bias
         if scale == 0:   # blocks might round differently: this is the pretrained layer to the bit

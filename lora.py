@@ -5,8 +5,12 @@
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train. The idea: what
 fine-tuning adds to a weight has a low rank, so two thin matrices can hold it. B starts at zero:
 the first step sees exactly the pretrained model. LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is
-the same layer with a higher learning rate for B. Weights are (out, in) everywhere.
-The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size.
+the same layer with a higher learning rate for B.
+The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size. A step
+does nothing beside the gradient.
+
+Weights are (out, in) everywhere. A prime transposes every matrix but W', the merged weight.
+LoRALinear, at the end, is the method. AdapterLinear holds what all methods share: read it second.
 """
 import contextlib
 import math
@@ -39,15 +43,16 @@ class AdapterLinear(nn.Module):
 
         forward(x) = x W'^T + bias    with    W' = merged_weight() = W0 + delta_weight()
 
-    x (..., in) -> (..., out). A method writes delta_weight(). It may override forward() where the
-    same thing has a cheaper form.
+    x (..., in) -> (..., out). Dropout acts on the update's input in training; the equation holds
+    without it. A method writes delta_weight(). It may override forward() where the same thing has
+    a cheaper form.
     Raises UserError if rank is not in 1..min(in, out), alpha not above 0, dropout not in [0, 1),
     or an option is unknown.
     """
     # The method's own hyperparameters: name -> (default, help), with the type where that is None.
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
-    waits_for_gradient = False                  # True: some parameters get none for a time
+    waits_for_gradient = False      # True tells the loop: some parameters get no gradient at first
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__()
@@ -82,7 +87,7 @@ class AdapterLinear(nn.Module):
     def empty(self, *shape: int):
         """An uninitialised tensor on the base's device: float32, or float64 on a float64 base.
 
-        Not the base's own bf16: its 8 bits would round a small learning rate's steps away.
+        bf16 keeps 8 significant bits. Rounding to them would lose a small learning rate's steps.
         In use, a parameter is cast to its input's dtype, as autocast casts any weight.
         """
         dtype = torch.float64 if self.W0.dtype == torch.float64 else torch.float32
@@ -104,7 +109,8 @@ class AdapterLinear(nn.Module):
         return self.base(x) + checkpoint(update, self.dropout(x), use_reentrant=False)
 
     def lr_factor(self, name: str) -> float:
-        """The learning rate of the layer's parameter `name` over the run's, LoRA+'s ratio apart."""
+        """Returns the factor on the run's learning rate for the parameter `name`. LoRA+'s ratio
+        multiplies on top."""
         return 1.0
 
     @classmethod
@@ -139,8 +145,9 @@ class LoRALinear(AdapterLinear):
         self.scale = alpha / rank
         self.A = nn.Parameter(self.empty(rank, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, rank))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))   # as in the official code; the paper:
-        nn.init.zeros_(self.B)                             # "random Gaussian" for A
+        # The official code draws A this way. The paper says "random Gaussian".
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
 
     def delta_weight(self):
         return self.scale * (self.B @ self.A)   # (out, in)

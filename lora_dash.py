@@ -14,9 +14,10 @@ it, relative to its size in W0; the s directions with the highest rates are chos
 B starts at zero: the first step sees the pretrained model. c starts at zero: the dash goes on
 from where LoRA was.
 By hand: sigma = 4 and 1, and dW moves 6 along the first direction, 2 along the second. The rates
-are 1.5 and 2: the second is chosen. Dividing by sigma favours small sigmas whatever was learnt.
-The cost: s numbers more than LoRA, 1.04 times its step on a model of 25 M parameters, and one
-singular value decomposition of every adapted W0.
+are 1.5 and 2: the second is chosen. Dividing by sigma favours small sigmas, which may carry only
+noise. A direction of sigma 0 that moved at all comes first.
+The cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times its step on a
+model of 25 M parameters, and one singular value decomposition of every adapted W0.
 """
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from support.errors import UserError
 def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:
     """The optimizer step (0 for the first) after which the directions are chosen: prelaunch - 1.
 
-    A run of no more than `prelaunch` steps would never dash: it does after its first quarter.
+    A run of at most `prelaunch` steps starts its dash after a quarter of its steps instead.
     """
     return (prelaunch if prelaunch < total_steps else max(1, total_steps // 4)) - 1
 
