@@ -358,7 +358,9 @@ class NaiveDual(DualLoRALinear):
 
 class MergedDual(DualLoRALinear):
     """Dual LoRA in plain autograd, by the definition: x (W0 + dW)'."""
-    forward = AdapterLinear.forward
+
+    def forward(self, x):
+        return F.linear(x, self.merged_weight().to(x.dtype), self.base.bias)
 
 
 PLAIN = {"dual, naive": NaiveDual, "dual, merged": MergedDual}
