@@ -42,8 +42,8 @@ def options_of(name: str) -> dict:
 
 
 def options_in(flags: Namespace) -> dict:
-    """The options of a task among the flags of a run. Where no rewrite_seed is given, the run's
-    own seed draws the facts, so that seeds vary the data too."""
+    """Picks a task's options from a run's flags. Without a rewrite_seed the run's own seed draws
+    the facts, so that seeds vary the data too."""
     options = {name: getattr(flags, name) for name in OPTIONS}
     if options["rewrite_seed"] is None and "rewrite_seed" in options_of(flags.task):
         options["rewrite_seed"] = flags.seed

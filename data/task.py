@@ -297,7 +297,7 @@ def write(model, tokenizer, examples: list[Example], batch_size: int, max_length
 
 def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
           batch_size: int = BATCH_SIZE) -> Scores:
-    """Of a task's split, or of at most `max_eval` of its examples."""
+    """Scores a task's split, or at most `max_eval` of its examples."""
     return task.score(model, tokenizer, sample(getattr(task, split), max_eval), batch_size)
 
 

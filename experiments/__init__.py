@@ -1,4 +1,4 @@
-"""What was measured and how. Its packages are looked for at once, before any work starts."""
+"""Measurements and how they were made. Looks for its packages before any work starts."""
 import sys
 
 from support.errors import UserError, require

@@ -7,7 +7,7 @@
                                                     are finished
 
 Each part is a few sweeps of ablate.py, which says how a learning rate is chosen. A run's seed also
-draws its facts. What a method leaves open (choices) is varied on the facts of seeds from 1,000 on,
+draws its facts. The choices that a method leaves open are varied on facts of seeds from 1,000 on,
 which no other part sees, and with as many trials for every method. TUNED was set from a first
 version of that part, which had one seed.
 The tables but README's first one were made before Dual LoRA's start took its size from W0 and
@@ -79,7 +79,7 @@ PARTS = {
     "mini": [f"--methods {methods} --task mini --lrs {rates} {SEARCH} --out {RUNS}/mini"
              for methods, rates in (("full,lora+", "1e-3,2e-3"), ("lora,dora,dash", "7e-3,1e-2"),
                                     ("adalora", "2e-2,4e-2"), ("dual", "1e-2,1.5e-2"))],
-    # What plain `python train.py --method X --seed S` gives:
+    # The runs of plain `python train.py --method X --seed S`:
     "plain": [f"--methods full,{ADAPTERS} --lrs x1 --seeds 0,1,2 --out {RUNS}/plain"],
     "defaults": ["--methods lora,dora,adalora,dash,dual,full --ranks 2,8 --seeds 0,1,2 "
                  f"--out {RUNS}/defaults"]}

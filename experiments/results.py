@@ -49,7 +49,8 @@ def read_run(folder: str | Path) -> SavedRun | None:
         check(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict, trainable=int,
               seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
         check(result["valid"], loss=Number)
-        check(result["valid"] | result["after"], **{name: Number for name in result["after"]})
+        for scores in (result["valid"], result["after"]):
+            check(scores, **{name: Number for name in scores})
         on_validation(result, main_metric(result))
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

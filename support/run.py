@@ -99,7 +99,7 @@ class Run:
     @property
     def begun(self) -> bool:
         """It can be resumed."""
-        return (self.folder is not None and self.replacing is None
+        return (self.folder is not None and self.own
                 and (self.folder / "config.json").exists())
 
     def write(self, name: str, content: dict) -> None:

@@ -331,6 +331,7 @@ def test_a_method_of_one_s_own_is_drawn_by_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name, content, said", [
     ("result.json", "[]", "has no before"), ("result.json", "{", "result.json"),
     ("result.json", {"valid": {"loss": 1}}, "no validation score stands for new"),
+    ("result.json", {"valid": {"loss": 1, "new": "high"}}, "new is 'high'"),
     ("result.json", {"trainable": None}, "trainable is None"),
     ("log.jsonl", "3\n", "has no step"), ("log.jsonl", '{"step": 0, "valid": 3}\n', "has no loss"),
     ("config.json", {"lr": "fast"}, "lr is 'fast'")])
