@@ -156,6 +156,8 @@ class AdaLoRALinear(AdapterLinear):
     @classmethod
     def start(cls, layers, total_steps: int) -> str:
         layers = list(layers)
+        if len({layer.init_rank for layer in layers}) > 1:
+            raise UserError("AdaLoRA's layers start with equally many directions: give init_rank")
         t_init, t_final = layers[0].phases(total_steps)
         start, target = (sum(getattr(layer, name) for layer in layers)
                          for name in ("init_rank", "rank"))

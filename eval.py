@@ -1,40 +1,43 @@
-"""Scores a run or a model, or shows an answer before and after fine-tuning.
+"""Scores a run or a model, or shows its answer to a prompt.
 
     python eval.py --run runs/facts-dual-r8-s0             repeats the score that the run stored
     python eval.py --run runs/facts-dual-r8-s0 --prompt "Tilda Pelfield lives in"
     python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     and every answer
     python eval.py --model data/base --task facts          a pretrained model as it is
     torchrun --nproc-per-node 2 eval.py --model data/base --task mini      each scores half of it
-Beside every share stands its 95 % confidence interval (Wilson's), from the number of items alone:
-it does not know that another seed would have trained another model.
+Beside every share stands its 95 % confidence interval (Wilson's), from the number of items alone.
+It does not know that another seed would have trained another model.
 """
 import json
 import math
 from argparse import Namespace
 
 from data import OPTIONS, TASKS, load_task, options_in
-from data.task import BATCH_SIZE, Example, Scores, data_fingerprint, opening, score
+from data.task import BATCH_SIZE, Example, Scores, Setup, first_tokens, sample
 from formats.checkpoint import MAX_LENGTH, open_model
 from generate import generate
-from support.errors import UserError, exit_on_user_error
+from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
 from support.files import atomic_write, new_file
 from support.parser import Parser, default_device, device, flag
-from support.processes import rank, start
+from support.processes import is_main, join_processes
 from support.run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
 
 
-def interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share of n independent items."""
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % confidence interval of a share of n independent items."""
     z = 1.96
     middle = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
 
 
 def print_scores(scores: Scores) -> None:
-    """A line a metric with its interval; metrics called row/column become one table, as in the
-    papers, with how far each interval reaches from its value, on its longer side, below it."""
-    bounds = {name: interval(scores.values[name], n) for name, n in scores.counts.items()}
+    """Prints a line a metric, with its interval.
+
+    Metrics called row/column become one table, as in the papers. Below each row stands how far the
+    intervals reach from their values, on their longer side.
+    """
+    bounds = {name: wilson_interval(scores.values[name], n) for name, n in scores.counts.items()}
     rows = {name.split("/")[0]: {} for name in scores.values if "/" in name}
     for name, value in scores.values.items():
         if "/" in name:
@@ -57,8 +60,8 @@ def print_scores(scores: Scores) -> None:
 
 
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """What greedy decoding writes after the prompt."""
-    ids = opening(tokenizer) + tokenizer.encode(prompt)
+    """Returns what greedy decoding writes after the prompt."""
+    ids = first_tokens(tokenizer) + tokenizer.encode(prompt)
     room = model.config.max_positions - len(ids)
     if room < 1:
         raise UserError(f"--prompt: its {len(ids)} tokens fill all of the model's positions")
@@ -75,33 +78,31 @@ def parse(argv: list[str] | None) -> Namespace:
         what.add_argument(flag(name), **options)
     what.add_argument("--max-length", type=int,
                       help=f"with --model: tokens of an example ({MAX_LENGTH})")
-    what.add_argument("--dtype", choices=PRECISIONS, help="with --model: of its weights (fp32)")
+    what.add_argument("--dtype", choices=PRECISIONS, default="fp32",
+                      help="with --model: of its weights (fp32)")
     parser.set_defaults(method=None, seed=0)
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
-    how.add_argument("--batch-size", type=int,
+    how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
                      help=f"changes the speed only ({BATCH_SIZE})")
     how.add_argument("--predictions", metavar="FILE", type=new_file,
                      help="write what each item got, as JSON lines")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
-    how.add_argument("--max-new-tokens", type=int, help="of that answer (48)")
+    how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
         raise UserError("give one of --run FOLDER and --model PATH")
     for name in ("task", "max_length", "dtype", *OPTIONS):
-        if args.run is not None and getattr(args, name) is not None and name != "beams":
+        if args.run is not None and name in args.given - {"beams"}:
             raise UserError(f"{flag(name)}: a run has its own; use it with --model")
-    args.dtype = args.dtype or "fp32"
     if args.model is not None and args.task is None and args.prompt is None:
         raise UserError("--model needs --task NAME or --prompt TEXT")
     for name in ("task", "max_length", "max_eval", "batch_size", "predictions", *OPTIONS):
-        if args.prompt is not None and getattr(args, name) is not None:
+        if args.prompt is not None and name in args.given:
             raise UserError(f"{flag(name)}: --prompt scores nothing")
-    if args.prompt is None and args.max_new_tokens is not None:
+    if args.prompt is None and "max_new_tokens" in args.given:
         raise UserError("--max-new-tokens: use it with --prompt")
-    args.max_new_tokens = 48 if args.max_new_tokens is None else args.max_new_tokens
-    args.batch_size = BATCH_SIZE if args.batch_size is None else args.batch_size
     for name in ("max_length", "max_eval", "batch_size", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"{flag(name)} must be at least 1")
@@ -111,7 +112,7 @@ def parse(argv: list[str] | None) -> Namespace:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    start(args.device)
+    join_processes(args.device)
     run = args if args.run is None else read_flags(args.run)
     dtype = weights_dtype(run.dtype, run.method)
     model, tokenizer, max_length = open_model(run.model, args.device, run.max_length, dtype)
@@ -127,20 +128,21 @@ def main(argv: list[str] | None = None) -> None:
     options = options_in(run)
     if args.beams is not None:
         options["beams"] = args.beams
-    task = load_task(run.task, tokenizer, max_length, **options)
+    loss_on = run.loss_on if args.run else None
+    setup = Setup(tokenizer, model.config, max_length, args.batch_size, loss_on)
+    task = load_task(run.task, setup, **options)
     if args.predictions is not None and not isinstance(task.test[0], Example):
         raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
-        tokens = [task.sequences(e, tokenizer, model) for e in task.test]
-        check_same(args.run, test_data=data_fingerprint(task.test, tokens, task.notes))
+        check_same(args.run, data=task.fingerprint())
         load_adapters(args.run, model)
     max_eval = run.max_eval if args.max_eval is None else args.max_eval
-    scores = score(model, tokenizer, task, max_eval, batch_size=args.batch_size)
-    for name, value in scores.values.items():
-        if not math.isfinite(value):
-            raise UserError(f"{args.run or args.model}: the score {name} is {value}: the model "
-                            "overflows")
-    if rank() > 0:
+    scores = task.score(model, sample(task.test, max_eval))
+    try:
+        stop_unless_finite(scores.values, f"{args.run or args.model}")
+    except NotFinite as error:
+        raise UserError(f"{error}: the model overflows") from None
+    if not is_main():
         return
     if args.predictions is not None:
         with atomic_write(args.predictions) as path:

@@ -52,7 +52,7 @@ class AdapterLinear(nn.Module):
     # The method's own hyperparameters: name -> (default, help), with the type where that is None.
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
-    waits_for_gradient = False      # True tells the loop: some parameters get no gradient at first
+    uses_alpha = True                           # False: the update has no scale to set
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__()

@@ -50,7 +50,6 @@ class LoRADashLinear(LoRALinear):
 
     options = {"directions": (8, "directions of W0 that get a coordinate"),
                "prelaunch": (100, "steps of plain LoRA before they are chosen")}
-    waits_for_gradient = True
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)

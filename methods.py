@@ -32,7 +32,7 @@ class Method:
     lr: float                           # default learning rate on the models that ship
     large_lr: float | None = None       # and on other models; None: the same
     large_lr_from: str = "ours"         # who recommends that one
-    lr_ratio: float = 1.0               # the `fast` parameters get this many times it
+    lr_ratio: float = 1.0               # layer.lr_ratio_parameters get this many times it
 
     @property
     def options(self) -> dict[str, tuple]:
@@ -61,45 +61,49 @@ def is_listed(method: str) -> bool:
     return METHODS[method] is LISTED.get(method)
 
 
-def inject(model: nn.Module, method: str, targets: Iterable[str] = (), rank: int = 8,
-           alpha: float = 16.0, dropout: float = 0.0, rank_pattern: dict[str, int] | None = None,
-           alpha_pattern: dict[str, float] | None = None, **hyper) -> nn.Module:
+def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
+           rank: int | dict[str, int] = 8, alpha: float | dict[str, float] = 16.0,
+           dropout: float = 0.0, whole: Iterable[str] = (), **own) -> nn.Module:
     """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
 
-    A target is the last part of module paths, or a whole path: `q` is every layer's q. One module
-    at two paths stays one. rank_pattern and alpha_pattern: path -> rank and alpha of a layer that
-    has others. For `full` every weight trains, and the arguments after `method` mean nothing.
-    UserError: an unknown method or option, a target that matches nothing, a second injection.
+    A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
+    to_out. A module at two paths stays one. rank and alpha: a number, or {path: number} with every
+    adapted layer. The modules that `whole` names train as they are, beside the adapters. `own`:
+    the method's options. For `full` every weight trains; it takes no other argument.
+    Raises UserError if the method or an option is unknown, a name matches nothing, a module is
+    both adapted and whole, or the model has been injected.
     """
     _refuse_injected(model)
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
-    layer, own = METHODS[method].layer, METHODS[method].defaults
-    if set(hyper) - set(own):
-        raise UserError(f"{method} has no option {', '.join(sorted(set(hyper) - set(own)))}: "
-                        f"its own are {', '.join(own) or 'none'}")
-    config, new = {"method": method}, {}
+    layer, options = METHODS[method].layer, METHODS[method].options
+    if own.keys() - options.keys():
+        raise UserError(f"{method} has no option {', '.join(sorted(own.keys() - options.keys()))}: "
+                        f"its own are {', '.join(options) or 'none'}")
+    config, new, trained = {"method": method}, {}, []
     if layer is not None:
-        targets, own = sorted({targets} if isinstance(targets, str) else set(targets)), own | hyper
-        ranks, alphas = rank_pattern or {}, alpha_pattern or {}
+        own, targets, whole = METHODS[method].defaults | own, _names(targets), _names(whole)
         found = _find(model, targets)
-        strange = (ranks.keys() | alphas.keys()) - set(found.values())
-        if strange:
-            raise UserError(f"rank_pattern, alpha_pattern: {min(strange)} is no adapted layer")
-        if ranks and None in own.values():
-            raise UserError(f"rank_pattern: {method} derives more than one size from its rank")
+        trained = _find_whole(model, whole, set(found.values()))
+        ranks, alphas = (_of_each(value, found.values(), name)
+                         for name, value in (("rank", rank), ("alpha", alpha)))
+        for name in ("r1", "r2"):           # parts of a rank
+            if isinstance(rank, dict) and own.get(name) is not None:
+                raise UserError(f"rank is given by layer: leave {name} out, it follows the rank")
         for base, path in found.items():
             try:
-                made = layer(base, ranks.get(path, rank), alphas.get(path, alpha), dropout, **own)
+                made = layer(base, ranks[path], alphas[path], dropout, **own)
             except UserError as error:
                 raise UserError(f"{path}: {error}") from None
             new[base] = made.train(base.training)
-        config |= dict(targets=targets, rank=rank, alpha=alpha, dropout=dropout)
-        config |= dict(rank_pattern=ranks) if ranks else {}
-        config |= dict(alpha_pattern=alphas) if alphas else {}
-        first = next(iter(new.values()))     # knows what a None among its arguments came to
-        config |= {name: getattr(first, name, value) for name, value in own.items()}
+        config |= dict(targets=targets, rank=rank, dropout=dropout)
+        config |= dict(alpha=alpha) if layer.uses_alpha else {}
+        config |= dict(whole=whole) if whole else {}
+        first = next(iter(new.values()))     # knows what a None among its options came to
+        config |= own if isinstance(rank, dict) else {name: getattr(first, name) for name in own}
     model.requires_grad_(layer is None)
+    for module in trained:
+        module.requires_grad_(True)
     model.injected = config   # a plain attribute, which a copy or a pickle of the model keeps
     return _replace(model, new)
 
@@ -110,20 +114,52 @@ def _refuse_injected(model):
         raise UserError("this model has been injected already: start from the pretrained one")
 
 
-def _find(model, targets) -> dict[nn.Linear, str]:
+def _names(names: Iterable[str]) -> list[str]:
+    return sorted({names} if isinstance(names, str) else set(names))
+
+
+def _ends(path: str, names: Iterable[str]) -> bool:
+    """Says whether one of the names is the path or its last parts."""
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _of_each(value, paths: Iterable[str], name: str) -> dict:
+    """Path -> the value, or its own one where `value` is a dict of all the paths."""
+    if not isinstance(value, dict):
+        return dict.fromkeys(paths, value)
+    odd = sorted(value.keys() ^ set(paths))
+    if odd:
+        raise UserError(f"{name}: {odd[0]} is " + ("no adapted layer" if odd[0] in value else
+                                                   "missing: give every adapted layer"))
+    return value
+
+
+def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
     """The nn.Linear modules that one of `targets` names -> their paths, the first of each."""
-    linear = [(path, module) for path, module
-              in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)]
-    names = {path.rpartition(".")[2] for path, _ in linear if path}
-    missing = sorted(set(targets) - names - {path for path, _ in linear})
+    linear = {path: module for path, module in model.named_modules(remove_duplicate=False)
+              if isinstance(module, nn.Linear)}
+    missing = [name for name in targets if not any(_ends(path, [name]) for path in linear)]
     if missing or not targets:
+        names = sorted({path.rpartition(".")[2] for path in linear} - {""})
         raise UserError(f"no nn.Linear is named {', '.join(missing) or '(nothing)'}: "
-                        f"the model's are {', '.join(sorted(names)) or 'none'}")
+                        f"the model's are {', '.join(names) or 'none'}")
     found = {}
-    for path, module in linear:
-        if path in targets or path.rpartition(".")[2] in targets:
+    for path, module in linear.items():
+        if _ends(path, targets):
             found.setdefault(module, path)
     return found
+
+
+def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
+    """The modules that one of `names` names; none may hold an adapter."""
+    found = {path: module for path, module in model.named_modules() if path and _ends(path, names)}
+    for name in names:
+        if not any(_ends(path, [name]) for path in found):
+            raise UserError(f"whole: no module is named {name}")
+    for path in found:
+        if inside := [other for other in adapted if f"{other}.".startswith(f"{path}.")]:
+            raise UserError(f"{inside[0]}: cannot be adapted and whole at once")
+    return list(found.values())
 
 
 def _replace(model, new):
@@ -175,8 +211,11 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
                  lr_ratio: float = 1.0) -> list[dict]:
-    """Optimizer groups: each trainable parameter in one, at lr times its layer's rate for it;
-    `fast` ones at lr_ratio times that."""
+    """Optimizer groups: each trainable parameter in one, at lr times its layer's factor for it.
+
+    A layer's lr_ratio_parameters learn at lr_ratio times that; `whole` modules at lr itself.
+    Raises UserError if lr_ratio is not 1 and no layer has such parameters.
+    """
     layers = adapters(model).values()
     if lr_ratio != 1 and not any(layer.lr_ratio_parameters for layer in layers):
         raise UserError("lr_ratio has no effect here: the method has no parameters to speed up")
@@ -193,14 +232,32 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
             for rate, params in groups.items()]
 
 
+def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Path -> module that trains as it is, beside the adapters."""
+    names = model.injected.get("whole", ())
+    return {path: module for path, module in model.named_modules()
+            if path and _ends(path, names)}
+
+
+def count(model: nn.Module) -> dict[str, int]:
+    """The numbers of parameters: trainable, those of them in `whole` modules, and total."""
+    parts = {"trainable": [p for p in model.parameters() if p.requires_grad],
+             "whole": {p for module in whole_modules(model).values() for p in module.parameters()},
+             "total": model.parameters()}
+    return {name: sum(p.numel() for p in parameters) for name, parameters in parts.items()}
+
+
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """All that training changes, by path: parameters and buffers of the adapter layers without
-    their base; for `full` every weight. The tensors are the model's own: copy into them."""
+    their base, and of `whole` modules; for `full` every weight. The tensors are the model's own:
+    copy into them. Raises UserError if the model is merged.
+    """
     if any("kept_adapter" in module.__dict__ for module in model.modules()):
         raise UserError("the model is merged: unmerge it first")
     if METHODS[model.injected["method"]].layer is not None:
-        return {f"{path}.{name}": tensor for path, layer in adapters(model).items()
-                for name, tensor in layer.state_dict().items() if not name.startswith("base.")}
+        return {f"{path}.{name}": tensor
+                for path, module in (adapters(model) | whole_modules(model)).items()
+                for name, tensor in module.state_dict().items() if not name.startswith("base.")}
     once = {}   # a tied weight has two names, and is stored under the first
     for name, tensor in model.state_dict(keep_vars=True).items():
         once.setdefault(id(tensor), (name, tensor.detach()))
@@ -219,9 +276,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Injects a pretrained model as the file says and fills it in; UserError unless all fits.
+    """Injects a pretrained model as the file says, and fills it in.
 
-    After an error the model is as it was.
+    Raises UserError unless all fits; the model is as it was then.
     """
     _refuse_injected(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -237,9 +294,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                 if expected.get(name) != found.get(name):
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
+            for name, tensor in own.items():        # all are looked at before one is changed
+                refuse_not_finite(file.get_tensor(name).to(tensor.dtype), name)
             for name, tensor in own.items():
                 tensor.copy_(file.get_tensor(name))
-                refuse_not_finite(tensor, name)
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})
         model.__dict__.pop("injected", None)

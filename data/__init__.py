@@ -1,11 +1,14 @@
-"""The tasks by name. A loader takes (tokenizer, max_length) and the flags that it has arguments
-for: OPTIONS, below; one without a default must be given. It returns a data.task.Task."""
+"""The tasks by name.
+
+A loader takes a data.task.Setup, and those flags of OPTIONS that it has arguments for. A flag whose
+argument has no default must be given. The loader returns a data.task.Task.
+"""
 import inspect
 from argparse import Namespace
 from functools import partial
 
 from data import commonsense, e2e, facts, glue, mini, text
-from data.task import Task
+from data.task import Setup, Task
 from support.errors import UserError, nearest
 from support.parser import flag
 
@@ -31,30 +34,31 @@ OPTIONS = {             # flag -> how argparse is to read it
 
 
 def options_of(name: str) -> dict:
-    """The options that a task uses, with their defaults (no default: inspect.Parameter.empty).
+    """Returns the options that a task uses, with their defaults (none: Parameter.empty).
 
-    UserError: an unknown name.
+    Raises UserError if the name is unknown.
     """
     if name not in TASKS:
         raise UserError(f"--task {name}: unknown{nearest(name, TASKS)}")
-    accepted = list(inspect.signature(TASKS[name]).parameters.values())[2:]
+    accepted = list(inspect.signature(TASKS[name]).parameters.values())[1:]
     return {parameter.name: parameter.default for parameter in accepted}
 
 
 def options_in(flags: Namespace) -> dict:
-    """Picks a task's options from a run's flags. Without a rewrite_seed the run's own seed draws
-    the facts, so that seeds vary the data too."""
+    """Picks a task's options from a run's flags.
+
+    Without a rewrite_seed the run's own seed draws the facts, so that seeds vary the data too.
+    """
     options = {name: getattr(flags, name) for name in OPTIONS}
     if options["rewrite_seed"] is None and "rewrite_seed" in options_of(flags.task):
         options["rewrite_seed"] = flags.seed
     return options
 
 
-def load_task(name: str, tokenizer, max_length: int, **options) -> Task:
-    """options: some of OPTIONS; None is as good as not given.
+def checked_options(name: str, options: dict) -> dict:
+    """Returns those of `options` that are given: None is as good as not given.
 
-    UserError: an unknown name, an option that the task does not use or misses, a file that is
-    missing or malformed.
+    Raises UserError if the task is unknown, or does not use an option or misses one.
     """
     given = {option: value for option, value in options.items() if value is not None}
     accepted = options_of(name)
@@ -68,4 +72,12 @@ def load_task(name: str, tokenizer, max_length: int, **options) -> Task:
             raise UserError(f"--task {name} needs {flag(option)}")
     if given.get("beams", 1) < 1:
         raise UserError(f"--beams {given['beams']}: must be at least 1")
-    return TASKS[name](tokenizer, max_length, **given)
+    return given
+
+
+def load_task(name: str, setup: Setup, **options) -> Task:
+    """Builds a task; `options` are of OPTIONS.
+
+    Raises UserError as checked_options() does, or if a file is missing or malformed.
+    """
+    return TASKS[name](setup, **checked_options(name, options))

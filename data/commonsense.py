@@ -14,11 +14,11 @@ The prompt is a file, data/prompt.txt or --prompt-template. 480 training rows, e
 for validation.
 """
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
-from data.task import (Example, Scores, Sequence, Task, choice_losses, encode_prompt,
-                       encode_targets, parse_json, read_text, shares, spread, write)
+from data.reading import hold_out, parse_json, read_text
+from data.scoring import choice_losses, shares, write
+from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt, encode_targets
 from support.errors import UserError
 
 SETS = {    # folder -> the papers' name
@@ -159,22 +159,26 @@ def read_template(path: str | None) -> str:
 
 
 # ---- the task
-@dataclass
-class Choices(Task):
+class Choices(TextTask):
     """Sets of questions with labelled options; an example's `references` are its labels."""
-    beams: int = 1
-    new_tokens: int = NEW_TOKENS
+    meaning = {"accuracy": "right answers in what it writes",
+               "likelihood": "questions whose right answer is the likeliest choice",
+               "unparsed": "written texts without an answer, counted as wrong"}
 
-    def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
-        return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens),
-                *encode_targets(example, example.choices, tokenizer, self.max_length)]
+    def __init__(self, *args, beams: int = 1, new_tokens: int = NEW_TOKENS, **more):
+        super().__init__(*args, **more)
+        self.beams, self.new_tokens = beams, new_tokens
 
-    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
-        texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,
-                      beams=self.beams)
+    def scored(self, example: Example) -> list[Sequence]:
+        return [encode_prompt(example, self.setup, self.new_tokens),
+                *encode_targets(example, example.choices, self.setup.tokenizer,
+                                self.setup.max_length)]
+
+    def score(self, model, examples: list[Example]) -> Scores:
+        texts = write(model, self.setup, examples, self.new_tokens, beams=self.beams)
         answers = [extract(text, e.references, option_texts(e.prompt, e.references))
                    for text, e in zip(texts, examples)]
-        losses = choice_losses(model, tokenizer, examples, batch_size, self.max_length)
+        losses = choice_losses(model, self.setup, examples)
         likeliest = [e.references[row.index(min(row))] for e, row in zip(examples, losses)]
         gold = [e.references[e.choices.index(e.target)] for e in examples]
         groups = [e.group for e in examples]
@@ -196,8 +200,8 @@ def average(n: int) -> str:
     return "Avg." if n == len(SETS) else f"Avg. of {n}"
 
 
-def load(tokenizer, max_length: int, data_dir: str, prompt_template: str | None = None,
-         beams: int = 1) -> Task:
+def load(setup: Setup, data_dir: str, prompt_template: str | None = None,
+         beams: int = 1) -> Choices:
     folder, template = Path(data_dir), read_template(prompt_template)
     if not folder.is_dir():
         raise UserError(f"--data-dir {data_dir}: not a folder")
@@ -217,12 +221,12 @@ def load(tokenizer, max_length: int, data_dir: str, prompt_template: str | None 
     if not files:
         raise UserError(f"--data-dir {data_dir}: holds neither commonsense_170k.json nor any "
                         f"set's train.json")
-    train, valid = spread([e for path, group in files.items() for e in examples(path, group)],
+    train, valid = hold_out([e for path, group in files.items() for e in examples(path, group)],
                           VALID, f"--data-dir {data_dir}")
     test = [e for name, path in tests.items() if name not in missing
             for e in examples(path, SETS[name])]
     notes = {"trained_on": [str(path.relative_to(folder)) for path in files]}
     if missing:
         notes["missing"] = f"{', '.join(missing)}: not there, so not in the average"
-    return Choices("commonsense", train, valid, test, max_length, beams=beams, notes=notes,
-                   defaults={"epochs": 3, "batch_size": 16})
+    return Choices("commonsense", train, valid, test, setup, {"epochs": 3, "batch_size": 16},
+                   notes, beams=beams)

@@ -29,13 +29,13 @@ import io
 import random
 import re
 import sys
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
-                       write)
+from data.reading import numbered_lines, read_text
+from data.scoring import write
+from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt
 from data.text_metrics import text_scores
 from data.world import RELATIONS, VERSION, World, attributes, described, draw, pick_one, shuffled
 from support.errors import UserError, require
@@ -53,23 +53,25 @@ FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
-@dataclass
-class E2E(Task):
-    beams: int = 1
-    new_tokens: int = NEW_TOKENS
+class E2E(TextTask):
+    meaning = {"bleu": "4-grams shared with the references, of 100 at most",
+               "rouge_l": "longest common subsequence, of 1 at most"}
 
-    def sequences(self, example: Example, tokenizer, model) -> list[Sequence]:
-        return [encode_prompt(example, tokenizer, model, self.max_length, self.new_tokens)]
+    def __init__(self, *args, beams: int = 1, new_tokens: int = NEW_TOKENS, **more):
+        super().__init__(*args, **more)
+        self.beams, self.new_tokens = beams, new_tokens
 
-    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
-        """Of the first line that the model writes: bleu, nist, meteor, rouge_l, cider.
+    def scored(self, example: Example) -> list[Sequence]:
+        return [encode_prompt(example, self.setup, self.new_tokens)]
+
+    def score(self, model, examples: list[Example]) -> Scores:
+        """Scores the first line that the model writes: bleu, nist, meteor, rouge_l, cider.
 
         No 4-gram is written twice; those of the prompt are free, since nearly every reference
         holds one (a name of several tokens).
         """
-        texts = write(model, tokenizer, examples, batch_size, self.max_length, self.new_tokens,
-                      beams=self.beams, length_penalty=LENGTH_PENALTY, no_repeat_ngram=4,
-                      copy_prompt=True)
+        texts = write(model, self.setup, examples, self.new_tokens, beams=self.beams,
+                      length_penalty=LENGTH_PENALTY, no_repeat_ngram=4, copy_prompt=True)
         outputs = [(text.strip() or " ").splitlines()[0].strip() for text in texts]
         values = text_scores(outputs, [e.references for e in examples])
         if "meteor" not in values and "meteor" not in self.notes:
@@ -82,8 +84,11 @@ class E2E(Task):
 
 
 # ---- the challenge
-def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
-    """UserError: a file that is missing or empty; a wrong line, with its number."""
+def load(setup: Setup, data_dir: str, beams: int = 1) -> E2E:
+    """Reads the challenge's folder.
+
+    Raises UserError if a file is missing or empty, or a line, which it names, is wrong.
+    """
     require(*PACKAGES)
     folder = Path(data_dir)
     kind = next((kind for kind, names in FILES.items() if (folder / names[0]).exists()), None)
@@ -92,10 +97,10 @@ def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
     read = {"txt": read_txt, "csv": read_csv}[kind]
     splits = [read(folder / name) for name in FILES[kind]]
     train = [example(mr, [text], source) for mr, text, source in splits[0]]
-    new = max(NEW_TOKENS, 1 + max(len(tokenizer.encode(e.target)) for e in train))
-    return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), max_length, beams=beams,
-               new_tokens=new, defaults={"epochs": 5, "batch_size": 8},
-               notes={"files": kind, "new_tokens": new})
+    new = max(NEW_TOKENS, 1 + max(len(setup.tokenizer.encode(e.target)) for e in train))
+    return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), setup,
+               {"epochs": 5, "batch_size": 8}, {"files": kind, "new_tokens": new}, beams=beams,
+               new_tokens=new)
 
 
 def example(mr: str, texts: list[str], source: str = "") -> Example:
@@ -182,8 +187,8 @@ MEET = {"person": ("Meet {name}, who", "This is {name}, who", "Let me introduce 
 ALSO = ("What is more,", "Besides,", "And there is more:")
 
 
-def load_mini(tokenizer, max_length: int, beams: int = 1) -> Task:
-    """The same task in every run: a run's --seed changes nothing of it."""
+def load_mini(setup: Setup, beams: int = 1) -> E2E:
+    """Builds the same task in every run: a run's --seed changes nothing of it."""
     require(*PACKAGES)
     world, rng = World(), random.Random(f"mini-e2e {VERSION}")
     subjects = shuffled(rng, [*product(["person"], world.people),
@@ -192,8 +197,8 @@ def load_mini(tokenizer, max_length: int, beams: int = 1) -> Task:
              for text in e.references[:2]]
     valid, test = (described_all(world, part, 2, rng) for part in (subjects[340:370],
                                                                    subjects[370:]))
-    return E2E("mini-e2e", train, valid, test, max_length, beams=beams,
-               defaults={"steps": 200, "batch_size": 32})
+    return E2E("mini-e2e", train, valid, test, setup, {"steps": 200, "batch_size": 32},
+               beams=beams)
 
 
 def described_all(world: World, subjects: list, n: int, rng: random.Random) -> list[Example]:

@@ -11,19 +11,24 @@ is scored, greedily and exactly, on
 Rank limits how many facts an update can rewrite, so methods differ within a minute. Every fifth
 item of each score is for validation, the others for the test.
 """
-from data.task import Example, Scores, Task, recall
+from data.scoring import recall
+from data.task import Example, Scores, Setup, TextTask
 from data.world import World, cloze
 
 FACTS = 1600
 
 
-class Facts(Task):
-    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
-        return recall(model, tokenizer, examples, batch_size, self.max_length)
+class Facts(TextTask):
+    meaning = {"new": "rewritten facts it writes",
+               "paraphrase": "the same, asked in words that training never showed",
+               "kept": "old facts it still knows"}
+
+    def score(self, model, examples: list[Example]) -> Scores:
+        return recall(model, self.setup, examples)
 
 
-def load(tokenizer, max_length: int, rewrite_seed: int | None = None) -> Task:
-    """rewrite_seed draws which facts get new values, and which; None counts as 0."""
+def load(setup: Setup, rewrite_seed: int | None = None) -> Facts:
+    """Builds the task. rewrite_seed (None: 0) draws the facts that change, and their new values."""
     _, new, same = World().rewrite(FACTS, seed=rewrite_seed or 0)
     touched = {fact.relation for fact in new}
     rehearsed, kept = same[::2], [fact for fact in same[1::2] if fact.relation in touched]
@@ -34,7 +39,5 @@ def load(tokenizer, max_length: int, rewrite_seed: int | None = None) -> Task:
             (valid if i % 5 == 0 else test).append(example)
     train = [Example(*cloze(fact, 0), group="new") for fact in new]
     train += [Example(*cloze(fact, 0), group="rehearsed") for fact in rehearsed]
-    return Facts("facts", train, valid, test, max_length,
-                 defaults={"steps": 300, "batch_size": 128},
-                 notes={"rewritten": len(new), "rehearsed": len(rehearsed),
-                        "kept": len(kept)})
+    return Facts("facts", train, valid, test, setup, {"steps": 300, "batch_size": 128},
+                 {"rewritten": len(new), "rehearsed": len(rehearsed), "kept": len(kept)})

@@ -5,8 +5,8 @@ prompt: the sum of log p over the choice's tokens and eos. The sum is not divide
 tokens: training makes just this probability large, and a division would favour longer words. An
 untrained model may so prefer a choice of fewer tokens. --data-dir is one set's own folder, as GLUE
 ships it or as the raw corpus does: SETS, below. GLUE's test.tsv has no labels, so there the dev
-file is the test split, and a tenth of train, at most 1,000 rows, is held out for validation. (The
-rows of SST-2 and QQP share phrases and questions, so their validation is an optimist.)
+file is the test split, and a tenth of train, at most 1,000 rows, is held out for validation. (Rows
+of SST-2 share phrases and rows of QQP questions, so the validation scores of both are too high.)
 Published recipes, linear decay:
     LoRA, RoBERTa-base: rank 8 on q, v; 6 % warm-up; lr 4e-4 to 5e-4, batch 16 or 32; epochs MNLI
         30, SST-2 60, MRPC 30, CoLA 80, QNLI 25, QQP 25, RTE 80, STS-B 40  (2106.09685, table 9)
@@ -22,7 +22,9 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
-from data.task import Example, Scores, Task, choice_losses, encode_targets, numbered_lines, spread
+from data.reading import hold_out, numbered_lines
+from data.scoring import choice_losses
+from data.task import Example, Scores, Setup, TextTask, encode_targets
 from support.errors import UserError, require
 
 
@@ -145,13 +147,14 @@ def expected_score(losses: list[float], scores: list[float]) -> float:
     return (p @ torch.tensor(scores, dtype=torch.float64)).item()
 
 
-class Glue(Task):
-    def sequences(self, example: Example, tokenizer, model) -> list:
-        return encode_targets(example, example.choices, tokenizer, self.max_length)
+class Glue(TextTask):
+    def scored(self, example: Example) -> list:
+        return encode_targets(example, example.choices, self.setup.tokenizer,
+                              self.setup.max_length)
 
-    def score(self, model, tokenizer, examples: list[Example], batch_size: int) -> Scores:
-        """The set's official metrics, of each group (MNLI's two dev files) on its own."""
-        losses = choice_losses(model, tokenizer, examples, batch_size, self.max_length)
+    def score(self, model, examples: list[Example]) -> Scores:
+        """Scores by the set's official metrics, each of MNLI's two dev files on its own."""
+        losses = choice_losses(model, self.setup, examples)
         rows, pairs = [], defaultdict(list)
         for e, loss in zip(examples, losses):
             if isinstance(e, Graded):
@@ -234,8 +237,11 @@ def grade(label: str, where: str) -> float:
     return score
 
 
-def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
-    """name: one of SETS. UserError: a folder without the set's files, or a wrong line in one."""
+def load(name: str, setup: Setup, data_dir: str) -> Glue:
+    """Reads a set's folder; name: one of SETS.
+
+    Raises UserError if the folder lacks the set's files, or a line of one is wrong.
+    """
     spec, folder = SETS[name], Path(data_dir)
     if spec.graded:
         require("scipy")
@@ -252,8 +258,8 @@ def load(name: str, tokenizer, max_length: int, data_dir: str) -> Task:
     if layout.valid:
         valid = read(folder / layout.valid, layout, spec)
     else:
-        train, valid = spread(train, 1000, folder / layout.train)
+        train, valid = hold_out(train, 1000, folder / layout.train)
     test = [example for file in layout.test for example in read(folder / file, layout, spec)]
-    return Glue(name, train, valid, test, max_length, defaults={"epochs": 3, "batch_size": 16},
-                notes={"files": layout.files(), "template": spec.template,
-                       "choices": list(spec.words.values())})
+    return Glue(name, train, valid, test, setup, {"epochs": 3, "batch_size": 16},
+                {"files": layout.files(), "template": spec.template,
+                 "choices": list(spec.words.values())})

@@ -36,7 +36,7 @@ from itertools import product
 from typing import Callable, NamedTuple
 
 from data.commonsense import NEW_TOKENS, Choices, read_template
-from data.task import Example, Task
+from data.task import Example, Setup
 from data.world import (RELATIONS, VERSION, Fact, World, cloze, pick_one, relation_of, rivals, say,
                         shuffled, told)
 
@@ -218,10 +218,10 @@ def splits(template: str) -> dict[str, list[Example]]:
     return examples
 
 
-def load(tokenizer, max_length: int, prompt_template: str | None = None, beams: int = 1) -> Task:
-    """As many new tokens as the longest target takes, since the label is its last word."""
+def load(setup: Setup, prompt_template: str | None = None, beams: int = 1) -> Choices:
+    """Builds the task; the label is a target's last word, so the longest target must fit."""
     examples = splits(read_template(prompt_template))
     targets = [example.target for split in examples.values() for example in split]
-    new = max(NEW_TOKENS, *(1 + len(tokenizer.encode(target)) for target in targets))
-    return Choices("mini", **examples, max_length=max_length, beams=beams, new_tokens=new,
-                   defaults={"steps": 100, "batch_size": 32}, notes={"new_tokens": new})
+    new = max(NEW_TOKENS, *(1 + len(setup.tokenizer.encode(target)) for target in targets))
+    return Choices("mini", **examples, setup=setup, defaults={"steps": 100, "batch_size": 32},
+                   notes={"new_tokens": new}, beams=beams, new_tokens=new)

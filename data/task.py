@@ -1,9 +1,17 @@
-"""What a task is: examples of prompt and target, how they become tokens, and the three ways to
-score a model on them: is the target what it would write, which of the choices is likeliest, and
-what does it write. Each task family has its own file beside this one.
+"""What a task is: three splits of examples, the loss that trains on them, and the score.
+
+Methods own the layer, tasks own the loss: the loop in train.py knows neither tokens nor targets.
+Task is the contract, TextTask what all tasks of prompt and target share. Each family of tasks has
+its own file beside this one. A new task is one such file and one line in data/__init__.py:
+
+    class Reverse(TextTask):
+        def score(self, model, examples):
+            return recall(model, self.setup, examples)
+
+    def load(setup):
+        return Reverse("reverse", train, valid, test, setup, {"steps": 300, "batch_size": 32})
 """
 import hashlib
-import json
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +21,12 @@ from typing import Iterable, Iterator, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from generate import generate
 from support.errors import UserError
-from support.processes import completed, rank, world
+from support.processes import process_count, process_number, summed
 
-BATCH_SIZE = 128        # texts that are scored at once, where a command names no other
+BATCH_SIZE = 128        # examples that are scored at once, where a command names no other
 
 
 @dataclass(frozen=True)
@@ -44,61 +51,177 @@ class Scores(NamedTuple):
     """What a model achieves on a list of examples."""
     values: dict[str, float]        # metric -> value; shares are in [0, 1]
     counts: dict[str, int]          # metric -> the number of items that it is a share of
-    predictions: list[dict]         # of each item what --predictions writes: prompt, gold, ...
+    predictions: list[dict]         # an item each, as --predictions writes it: prompt, gold, ...
 
 
-@dataclass
+class Setup(NamedTuple):
+    """What a task is built with: how the model reads, and the lengths of the run."""
+    tokenizer: object
+    config: object                      # the model's: vocab_size, max_positions
+    max_length: int                     # tokens of an example
+    batch_size: int = BATCH_SIZE        # examples that are scored at once
+    loss_on: str | None = None          # "answer", "all" (the prompt too), None: the task's own
+    compile: bool = False               # the loss by torch.compile
+
+
 class Task:
-    """Three splits and how to score them; a task family overrides score().
+    """The contract of a task. A family of tasks overrides loss, size, score and show.
 
-    `train` is learnt from, `valid` may steer choices (learning rates, steps), `test` is scored
-    once before and once after.
+    `train` is learnt from. `valid` may steer choices: learning rates, steps. `test` is scored once
+    before and once after. `defaults` are flags of train.py that the user may leave out: batch_size,
+    and steps or epochs. `notes` say of the data what result.json should hold.
     """
-    name: str
-    train: list
-    valid: list
-    test: list
-    max_length: int                                 # tokens of an example
-    loss_on: str = "answer"                         # or "all": the loss counts the prompt too
-    defaults: dict = field(default_factory=dict)    # flag -> value where the user gives none
-    notes: dict = field(default_factory=dict)       # what result.json says of the data
+    loss_on = "all"
+    meaning: dict[str, str] = {}        # metric, or its part before a slash -> what it says
 
-    def score(self, model, tokenizer, examples: list, batch_size: int) -> Scores:
+    def __init__(self, name: str, train: list, valid: list, test: list, setup: Setup,
+                 defaults: dict, notes: dict | None = None):
+        self.name, self.setup = name, setup
+        self.train, self.valid, self.test = train, valid, test
+        self.defaults, self.notes = defaults, notes or {}
+
+    def loss(self, model, examples: list) -> Tensor:
+        """Returns the loss summed over what counts in the examples: a differentiable scalar."""
         raise NotImplementedError
 
-    def sequences(self, example, tokenizer, model) -> list[Sequence]:
-        """What score() makes of an example; a run looks at it before it begins, for what is cut
-        and what does not fit. Overridden where that is not prompt and target."""
-        return [encode(example, tokenizer, self.max_length)]
+    def size(self, examples: list) -> int:
+        """Returns how much counts in the examples: what a whole batch's loss is divided by."""
+        raise NotImplementedError
+
+    def score(self, model, examples: list) -> Scores:
+        raise NotImplementedError
+
+    def show(self, model, folder: Path) -> str:
+        """Says what the model makes of one test example; a picture goes into the run's folder."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Returns the sha256 of all three splits as the model reads them, and of the notes.
+
+        Raises UserError, which names file and line, if an example does not fit.
+        """
+        raise NotImplementedError
+
+    def cut(self) -> dict[str, int]:
+        """Counts the examples that lose something to a length limit: in train, and held out."""
+        return {"train": 0, "held out": 0}
+
+    def mean_loss(self, model, examples: list) -> float:
+        """Returns loss / size, without gradients; each process computes its share."""
+        own, n = examples[process_number()::process_count()], self.setup.batch_size
+        with scoring(model):
+            total = sum(self.loss(model, own[i:i + n]).item() for i in range(0, len(own), n))
+        return summed([total], device_of(model))[0] / self.size(examples)
 
 
-def data_fingerprint(examples: list, sequences: list, notes: dict) -> str:
-    """sha256 of a split: each example, the tokens that it becomes, and the task's notes."""
-    digest = hashlib.sha256(repr(notes).encode())
-    for pair in zip(examples, sequences, strict=True):
-        digest.update(repr(pair).encode())
-    return digest.hexdigest()
+class TextTask(Task):
+    """Examples of prompt and target, or plain text as Sequences.
+
+    loss = - sum over the target tokens of log p(token | all before it), in nats; size: their number.
+    """
+
+    def __init__(self, name: str, train: list, valid: list, test: list, setup: Setup,
+                 defaults: dict, notes: dict | None = None, loss_on: str = "answer"):
+        super().__init__(name, train, valid, test, setup, defaults, notes)
+        if loss_on == "all" and setup.loss_on == "answer":
+            raise UserError(f"--loss-on answer: task {name} has no answers")
+        self.loss_on = setup.loss_on or loss_on
+        self.encoded: dict[Example, Sequence] = {}
+        self.target_loss = torch.compile(target_loss) if setup.compile else target_loss
+
+    def sequence(self, example: Example | Sequence) -> Sequence:
+        """Encodes the example as training sees it, once."""
+        if isinstance(example, Sequence):
+            return known(example, self.setup)
+        if example not in self.encoded:
+            self.encoded[example] = known(encode(
+                example, self.setup.tokenizer, self.setup.max_length, loss_on=self.loss_on),
+                self.setup)
+        return self.encoded[example]
+
+    def scored(self, example) -> list[Sequence]:
+        """Encodes the example as score() sees it; overridden where that is not prompt, target."""
+        return [encode(example, self.setup.tokenizer, self.setup.max_length)]
+
+    def loss(self, model, examples: list) -> Tensor:
+        tokens, is_target = collate([self.sequence(e) for e in examples], device_of(model))
+        return self.target_loss(model, tokens, is_target)
+
+    def size(self, examples: list) -> int:
+        return sum(len(s.tokens) - s.start for s in map(self.sequence, examples))
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(self.notes).encode())
+        for example in (*self.train, *self.valid):
+            digest.update(repr((example, self.sequence(example))).encode())
+        for example in (*self.valid, *self.test):
+            digest.update(repr((example, self.scored(example))).encode())
+        return digest.hexdigest()
+
+    def cut(self) -> dict[str, int]:
+        held_out = [any(s.cut for s in self.scored(e)) for e in (*self.valid, *self.test)]
+        return {"train": sum(self.sequence(e).cut for e in self.train), "held out": sum(held_out)}
+
+    def show(self, model, folder: Path) -> str:
+        """Returns a test prompt and the line that the model writes after it, greedily."""
+        example, new_tokens, right = self.test[0], 32, ""
+        if isinstance(example, Example):
+            tokens = encode_prompt(example, self.setup, new_tokens).tokens
+            prompt, right = example.prompt, f"   (right: {short(example.target)})"
+        else:
+            tokens = example.tokens[:max(1, min(len(example.tokens) // 2, 16))]
+            prompt = self.setup.tokenizer.decode(tokens)
+        with scoring(model):
+            new = generate(model, [list(tokens)], new_tokens)[0]
+        written = (self.setup.tokenizer.decode(new).strip().splitlines() or [""])[0]
+        return f"{short(prompt)} ->{' ' * bool(written)}{short(written)}{right}"
 
 
-def opening(tokenizer) -> list[int]:
-    """What every sequence begins with: bos, where the tokenizer has one."""
+def short(text: str) -> str:
+    """Returns a text's last 70 characters on one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 70 else f"...{text[-67:]}"
+
+
+def sample(examples: list, n: int | None) -> list:
+    """Takes n examples, as many of each group where it has them, at even distances; None: all.
+
+    Each group gives at least one.
+    """
+    if n is None or n >= len(examples):
+        return examples
+    groups = defaultdict(list)
+    for example in examples:
+        groups[getattr(example, "group", "")].append(example)
+    share = max(1, n // len(groups))
+    return [group[i] for group in groups.values()
+            for i in evenly(min(share, len(group)), len(group))]
+
+
+def evenly(n: int, total: int) -> list[int]:
+    """Returns n of the numbers 0 .. total - 1, at even distances; n is at most total."""
+    return [i * total // n for i in range(n)]
+
+
+# ---- from text to tokens
+def first_tokens(tokenizer) -> list[int]:
+    """Returns what every sequence begins with: bos, where the tokenizer has one."""
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
 def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_length: int,
                    loss_on: str = "answer", eos: bool = True) -> list[Sequence]:
-    """For each target: bos, the example's prompt, target, eos (each special token where the
-    tokenizer has one).
+    """Encodes bos, the example's prompt, a target and eos, for each target.
 
-    Prompt and target are tokenized as one text, since tokens can straddle their border; the
-    target starts at the first token that the prompt alone does not have. Where the longest is
-    longer than max_length, all lose as much of the start of the prompt, never its end and nothing
-    of a target: so they are compared after the same prompt.
+    A special token is left out where the tokenizer has none. Prompt and target are tokenized as
+    one text, since a token can straddle their border. The target starts at the first token that
+    the prompt alone does not have. If the longest is longer than max_length, all lose as much of
+    the start of the prompt, and so are compared after the same prompt. A target loses nothing.
     Raises UserError, which names the example's line, if a target does not fit in max_length or
     nothing stands before it.
     """
     prompt, where = example.prompt, f"{example.source}: " * bool(example.source)
-    head, tail = opening(tokenizer), [tokenizer.eos] if eos and tokenizer.eos is not None else []
+    head, tail = first_tokens(tokenizer), [tokenizer.eos] * (eos and tokenizer.eos is not None)
     alone, rows = head + tokenizer.encode(prompt), []
     for target in targets:
         tokens = head + tokenizer.encode(prompt + target) + tail
@@ -120,43 +243,43 @@ def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_leng
 
 
 def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -> Sequence:
-    """The example's prompt and target, as encode_targets() makes them of its options. Plain text
-    comes as a Sequence already and passes unchanged."""
+    """Encodes the example's prompt and target, as encode_targets() does with its options.
+
+    Plain text comes as a Sequence already and passes unchanged.
+    """
     if isinstance(example, Sequence):
         return example
     return encode_targets(example, [example.target], tokenizer, max_length, **options)[0]
 
 
-def encode_all(examples: list, tokenizer, model, max_length: int, **options) -> list[Sequence]:
-    """Every example as encode() makes it. UserError also for a token the model does not have."""
-    return known([encode(example, tokenizer, max_length, **options) for example in examples],
-                 model)
+def encode_prompt(example: Example, setup: Setup, max_new_tokens: int) -> Sequence:
+    """Encodes bos and the prompt, after which a model can write.
 
-
-def encode_prompt(example: Example, tokenizer, model, max_length: int,
-                  max_new_tokens: int) -> Sequence:
-    """bos and prompt, to be written on by write(). A prompt longer than max_length, or than the
-    positions that max_new_tokens leave, loses its start."""
-    head, tokens = opening(tokenizer), tokenizer.encode(example.prompt)
-    room = min(max_length, model.config.max_positions - max_new_tokens) - len(head)
+    A prompt loses its start if it is longer than max_length, or than the positions that
+    max_new_tokens leave. Raises UserError if they leave none.
+    """
+    head, tokens = first_tokens(setup.tokenizer), setup.tokenizer.encode(example.prompt)
+    room = min(setup.max_length, setup.config.max_positions - max_new_tokens) - len(head)
     if room < 1:
-        raise UserError(f"the model's {model.config.max_positions} positions leave no room for a "
+        raise UserError(f"the model's {setup.config.max_positions} positions leave no room for a "
                         f"prompt beside the {max_new_tokens} new tokens of this task")
-    return Sequence(head + tokens[-room:], 0, cut=len(tokens) > room)
+    return known(Sequence(head + tokens[-room:], 0, cut=len(tokens) > room), setup)
 
 
-def known(sequences: list[Sequence], model) -> list[Sequence]:
-    """The sequences, if the model has all their tokens; a UserError otherwise."""
-    largest = max((max(s.tokens) for s in sequences), default=0)
-    if largest >= model.config.vocab_size:
+def known(sequence: Sequence, setup: Setup) -> Sequence:
+    """Returns the sequence. Raises UserError if the model does not have one of its tokens."""
+    largest = max(sequence.tokens, default=0)
+    if largest >= setup.config.vocab_size:
         raise UserError(f"the tokenizer gives token {largest}, the model has only "
-                        f"{model.config.vocab_size}: they do not belong together")
-    return sequences
+                        f"{setup.config.vocab_size}: they do not belong together")
+    return sequence
 
 
 def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
-    """-> tokens (B, T), padded on the right (which causal attention never sees), and
-    is_target (B, T) bool, True where the token counts."""
+    """Returns tokens (B, T), padded on the right, and is_target (B, T) bool.
+
+    Causal attention never sees that padding. is_target is True where the token counts.
+    """
     T = max(len(s.tokens) for s in sequences)
     tokens = torch.zeros(len(sequences), T, dtype=torch.long)
     is_target = torch.zeros(len(sequences), T, dtype=torch.bool)
@@ -166,28 +289,14 @@ def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
     return tokens.to(device), is_target.to(device)
 
 
-def target_hidden(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """-> what stands before each of the N target tokens, (N, C), and these tokens, (N,). Only
-    these positions need to pass the output head, which is wide where the vocabulary is large."""
-    keep = is_target[:, 1:]
-    return model.hidden(tokens[:, :-1])[keep], tokens[:, 1:][keep]
-
-
-def target_loss(model, tokens: Tensor, is_target: Tensor) -> Tensor:
-    """Sum over the target tokens of -log p(token | all before it), in nats."""
-    hidden, gold = target_hidden(model, tokens, is_target)
-    return F.cross_entropy(model.logits(hidden).float(), gold, reduction="sum")
-
-
-class Score(NamedTuple):
-    loss: float         # sum of -log p over the target tokens, in nats
-    tokens: int         # number of target tokens
-    right: bool         # greedy decoding would write exactly the target
+# ---- through the model
+def device_of(model) -> torch.device:
+    return next(model.parameters()).device
 
 
 @contextmanager
 def scoring(model) -> Iterator[None]:
-    """In eval mode, without gradients; back in its mode afterwards."""
+    """Inside: eval mode, without gradients; afterwards the model is back in its mode."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -195,173 +304,16 @@ def scoring(model) -> Iterator[None]:
     model.train(was_training)
 
 
-def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Score]:
-    """Scores every sequence, in order."""
-    scores: list = [None] * len(sequences)
-    with scoring(model):
-        for indices in by_length(sequences, batch_size):
-            tokens, is_target = collate([sequences[i] for i in indices], model.embed.weight.device)
-            found = scores_of(model, *target_hidden(model, tokens, is_target), is_target)
-            for i, score in zip(indices, found):
-                scores[i] = score
-    return completed(scores)
+def target_hidden(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the states before the N target tokens, (N, C), and these tokens, (N,).
 
-
-def scores_of(model, hidden: Tensor, gold: Tensor, is_target: Tensor) -> list[Score]:
-    """What target_hidden() gives of a batch -> the score of each row."""
-    loss, right = [], []
-    for states, tokens in zip(hidden.split(4096), gold.split(4096)):    # logits are wide
-        logits = model.logits(states).float()
-        loss.append(F.cross_entropy(logits, tokens, reduction="none"))
-        right.append(logits.argmax(-1) == tokens)
-    counts = is_target[:, 1:].sum(1).tolist()
-    return [Score(l.double().sum().item(), len(l), bool(r.all()))
-            for l, r in zip(torch.cat(loss).split(counts), torch.cat(right).split(counts))]
-
-
-def by_length(sequences: list[Sequence], batch_size: int,
-              title: str = "scoring") -> Iterator[list[int]]:
-    """Batches of indices, sequences of similar length together; of several processes, each gets
-    its share of the batches."""
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i].tokens))
-    starts = range(0, len(order), batch_size)[rank()::world()]
-    for i in tqdm(starts, desc=title, leave=False, disable=len(starts) < 20 or rank() > 0):
-        yield order[i:i + batch_size]
-
-
-def shares(groups: list[str], right: list[bool]) -> tuple[dict[str, float], dict[str, int]]:
-    """-> group -> share of its items that are right, and group -> number of its items."""
-    counts = {name: groups.count(name) for name in dict.fromkeys(groups)}
-    return {name: sum(r for g, r in zip(groups, right) if g == name) / n
-            for name, n in counts.items()}, counts
-
-
-def recall(model, tokenizer, examples: list[Example], batch_size: int, max_length: int) -> Scores:
-    """Of each group, the share of examples whose target greedy decoding writes exactly."""
-    sequences = encode_all(examples, tokenizer, model, max_length, eos=False)
-    right = [score.right for score in score_targets(model, sequences, batch_size)]
-    rows = [dict(group=e.group, prompt=e.prompt, gold=e.target, right=r)
-            for e, r in zip(examples, right)]
-    return Scores(*shares([e.group for e in examples], right), rows)
-
-
-def choice_losses(model, tokenizer, examples: list[Example], batch_size: int,
-                  max_length: int) -> list[list[float]]:
-    """Of each example -log p(choice | prompt) for each of its choices, in nats."""
-    rows = [known(encode_targets(e, e.choices, tokenizer, max_length), model) for e in examples]
-    losses: list = [None] * len(rows)
-    widest = max((len(row) for row in rows), default=1)
-    with scoring(model):
-        for indices in by_length([row[0] for row in rows], max(1, batch_size // widest)):
-            found = iter(score_choices(model, [rows[i] for i in indices]))
-            for i in indices:
-                losses[i] = [next(found).loss for _ in rows[i]]
-    return completed(losses)
-
-
-def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
-    """The sequences of all rows, one after the other. Those of a row begin with the same tokens,
-    which pass the model once: their keys and values are cached, then repeated."""
-    device = model.embed.weight.device
-    shared = [min(s.start for s in row) - 1 for row in rows]    # one before the first target token
-    heads, _ = collate([Sequence(row[0].tokens[:n], n) for row, n in zip(rows, shared)], device)
-    tails = [Sequence(s.tokens[n:], s.start - n) for row, n in zip(rows, shared) for s in row]
-    tokens, is_target = collate(tails, device)
-    cache = model.make_cache(len(rows), heads.shape[1] + tokens.shape[1])
-    model.hidden(heads, cache=cache)                            # (padded on the right, like tails)
-    counts = torch.tensor([len(row) for row in rows], device=device)
-    cache.repeat(counts)
-
-    def real(lengths: list[int], width: int) -> Tensor:         # (len(lengths), width), no padding
-        return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
-
-    mask = torch.cat((real(shared, heads.shape[1]).repeat_interleave(counts, 0),
-                      real([len(s.tokens) for s in tails], tokens.shape[1])[:, 1:]), 1)
+    Only these positions need to pass the output head, which is wide.
+    """
     keep = is_target[:, 1:]
-    hidden = model.hidden(tokens[:, :-1], mask, cache)[keep]
-    return scores_of(model, hidden, tokens[:, 1:][keep], is_target)
+    return model.hidden(tokens[:, :-1])[keep], tokens[:, 1:][keep]
 
 
-def write(model, tokenizer, examples: list[Example], batch_size: int, max_length: int,
-          max_new_tokens: int, **options) -> list[str]:
-    """What the model writes after each prompt; options: beams and what else generate() takes."""
-    prompts = [encode_prompt(e, tokenizer, model, max_length, max_new_tokens) for e in examples]
-    texts: list = [None] * len(examples)
-    rows = max(1, batch_size // options.get("beams", 1))        # each beam is a row of its own
-    for indices in by_length(prompts, rows, "writing"):
-        new = generate(model, [prompts[i].tokens for i in indices], max_new_tokens, **options)
-        for i, ids in zip(indices, new):
-            texts[i] = tokenizer.decode(ids)
-    return completed(texts)
-
-
-def score(model, tokenizer, task: Task, max_eval: int | None = None, split: str = "test",
-          batch_size: int = BATCH_SIZE) -> Scores:
-    """Scores a task's split, or at most `max_eval` of its examples."""
-    return task.score(model, tokenizer, sample(getattr(task, split), max_eval), batch_size)
-
-
-def sample(examples: list, n: int | None) -> list:
-    """n examples, as many of each group where it has them, evenly spread (at least one of each);
-    None: all."""
-    if n is None or n >= len(examples):
-        return examples
-    groups = defaultdict(list)
-    for example in examples:
-        groups[getattr(example, "group", "")].append(example)
-    share = max(1, n // len(groups))
-    return [group[i] for group in groups.values()
-            for i in evenly(min(share, len(group)), len(group))]
-
-
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file, without byte order mark and with lines that end in \\n. UserError: a file that
-    cannot be read, or the line that is not UTF-8."""
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object[:error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{line}: not UTF-8 text") from None
-
-
-def parse_json(text: str, where: str):
-    """UserError, which begins with `where`: not JSON, or half of a surrogate pair in it, which no
-    file or terminal can be sent."""
-    try:
-        value = json.loads(text)
-        json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: holds half of a surrogate pair, \\ud800 to \\udfff") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON: {str(error)[:100]}") from None
-
-
-def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """The lines of read_text(path) with their numbers, from 1; those without text are left out."""
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip(" "):         # not tabs, which make columns
-            yield number, line
-
-
-def evenly(n: int, total: int) -> list[int]:
-    """n of the places 0 .. total - 1, evenly spread; n is at most total."""
-    return [i * total // n for i in range(n)]
-
-
-def spread(items: list, n: int, source: str | Path) -> tuple[list, list]:
-    """-> the others, and n of the items (at most a tenth of them, at least one), evenly spread,
-    since files may be sorted. UserError, which names the source: there is nothing to divide."""
-    if len(items) < 2:
-        raise UserError(f"{source}: fewer than 2 examples; train and valid need one each")
-    taken = set(evenly(max(1, min(n, len(items) // 10)), len(items)))
-    return ([item for i, item in enumerate(items) if i not in taken],
-            [item for i, item in enumerate(items) if i in taken])
-
-
-def split_file(items: list) -> tuple[list, list, list]:
-    """train, valid, test: the last two tenths of a file are held out, at least one item each."""
-    held = max(1, len(items) // 10)
-    return items[:-2 * held], items[-2 * held:-held], items[-held:]
+def target_loss(model, tokens: Tensor, is_target: Tensor) -> Tensor:
+    """Sums -log p(token | all before it) over the target tokens, in nats."""
+    hidden, gold = target_hidden(model, tokens, is_target)
+    return F.cross_entropy(model.logits(hidden).float(), gold, reduction="sum")

@@ -1,19 +1,28 @@
-"""Tasks on the user's own file: `text` (next-token loss on plain text) and `jsonl` (one object a
-line with "prompt" and "target"). Of either, the last two tenths are held out, in the file's order:
-one for validation, one for the test score."""
+"""Tasks on the user's own file: `text` and `jsonl`.
+
+`text` learns plain text, token by token. `jsonl` has one object a line, with "prompt" and "target".
+The last two tenths of the file are held out, in its order: one for validation, one for the test.
+"""
 import math
 
-from data.task import (Example, Scores, Sequence, Task, encode_all, numbered_lines, opening,
-                       parse_json, read_text, score_targets, split_file)
+from data.reading import numbered_lines, parse_json, read_text, split_file
+from data.scoring import score_targets
+from data.task import Example, Scores, Sequence, Setup, TextTask, first_tokens
 from support.errors import UserError
 
 
-class Text(Task):
-    def score(self, model, tokenizer, examples: list, batch_size: int) -> Scores:
-        """Mean loss in nats a target token, and its exponential; of jsonl also the share of
-        examples whose target, eos included, greedy decoding writes exactly."""
-        sequences = encode_all(examples, tokenizer, model, self.max_length)
-        scores = score_targets(model, sequences, batch_size)
+class Text(TextTask):
+    meaning = {"loss": "nats a target token", "perplexity": "exp(loss)",
+               "exact": "targets it writes exactly"}
+
+    def score(self, model, examples: list) -> Scores:
+        """Scores loss, in nats a target token, and perplexity, its exponential.
+
+        `jsonl` also gets `exact`: the share of examples whose target, eos included, greedy
+        decoding writes exactly.
+        """
+        sequences = [s for example in examples for s in self.scored(example)]
+        scores = score_targets(model, sequences, self.setup.batch_size)
         loss = math.fsum(s.loss for s in scores) / sum(s.tokens for s in scores)
         values, counts = {"loss": loss, "perplexity": math.exp(min(loss, 700))}, {}
         if self.name == "jsonl":
@@ -24,28 +33,32 @@ class Text(Task):
         return Scores(values, counts, rows)
 
 
-def load_text(tokenizer, max_length: int, data: str) -> Task:
-    """Blocks of max_length tokens, each opened by bos, every token in one block; without a bos a
-    last block of a single token, which nothing stands before, is dropped."""
-    ids = tokenizer.encode(read_text(data))
+def load_text(setup: Setup, data: str) -> Text:
+    """Cuts the text into blocks of max_length tokens, each opened by bos; no token is lost.
+
+    Without a bos a last block of a single token, which nothing stands before, is dropped.
+    """
+    ids = setup.tokenizer.encode(read_text(data))
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
-    head = opening(tokenizer)
-    size = max_length - len(head)
-    if max_length < 2:
-        raise UserError(f"--max-length {max_length}: text needs at least 2 tokens an example")
+    head = first_tokens(setup.tokenizer)
+    size = setup.max_length - len(head)
+    if setup.max_length < 2:
+        raise UserError(f"--max-length {setup.max_length}: text needs at least 2 tokens an example")
 
     def blocks(part: list[int]) -> list[Sequence]:
         return [Sequence(head + part[i:i + size], 1) for i in range(0, len(part), size)
                 if len(head + part[i:i + size]) > 1]
 
-    train, valid, test = map(blocks, split_file(ids))
-    return Text("text", train, valid, test, max_length, loss_on="all",
-                defaults={"epochs": 1, "batch_size": 16})
+    return Text("text", *map(blocks, split_file(ids)), setup, {"epochs": 1, "batch_size": 16},
+                loss_on="all")
 
 
-def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
-    """One example a line; blank lines are skipped, any other wrong line is named."""
+def load_jsonl(setup: Setup, data: str) -> Text:
+    """Reads one example a line; blank lines are skipped.
+
+    Raises UserError, which names the line, if a line is anything else.
+    """
     examples = []
     for number, line in numbered_lines(data):
         row = parse_json(line, f"{data}:{number}")
@@ -59,5 +72,4 @@ def load_jsonl(tokenizer, max_length: int, data: str) -> Task:
         examples.append(Example(prompt, target, source=f"{data}:{number}"))
     if len(examples) < 3:
         raise UserError(f"{data}: {len(examples)} examples; train, valid and test need one each")
-    return Text("jsonl", *split_file(examples), max_length,
-                defaults={"epochs": 3, "batch_size": 16})
+    return Text("jsonl", *split_file(examples), setup, {"epochs": 3, "batch_size": 16})

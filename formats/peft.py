@@ -64,6 +64,9 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     """
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
+    if config.get("whole"):
+        raise UserError(f"{folder}: the whole modules {some(config['whole'])} have no place in "
+                        "PEFT's adapters here")
     if not layers:
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
                         "themselves: write the whole model)" * (method == "full"))
@@ -155,10 +158,11 @@ def fused(parts: dict[int, Update], layers: list) -> Update:
 
 
 def peft_config(model, modules: dict[str, Update], known, base: str | None) -> dict:
-    sizes = ranks_and_alphas(modules)
+    r, rank_pattern = pattern_of(ranks(modules))
+    alpha, alpha_pattern = pattern_of(alphas(modules))
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
-            "r": sizes["rank"], "lora_alpha": sizes["alpha"],
-            "rank_pattern": sizes["rank_pattern"], "alpha_pattern": sizes["alpha_pattern"],
+            "r": r, "lora_alpha": alpha,
+            "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
             "lora_dropout": model.injected["dropout"],
             "target_modules": sorted(targets_for(modules, known)),
             "use_dora": model.injected["method"] == "dora", "use_rslora": False, "bias": "none",
@@ -166,11 +170,11 @@ def peft_config(model, modules: dict[str, Update], known, base: str | None) -> d
 
 
 # ---- in
-def import_peft(model: nn.Module, folder: str | Path, **hyper) -> nn.Module:
+def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
     """Injects a pretrained model with the adapters that PEFT left in `folder`: as LoRA, as DoRA
     where they have magnitudes; AdaLoRA's as LoRA, with lam in A.
 
-    hyper: the method's own arguments, to train on with. UserError: what a config asks for and is
+    own: the method's options, to train on with. UserError: what a config asks for and is
     not read here, a tensor that has no place or does not fit.
     """
     raw, path = read_peft_config(folder), Path(folder) / "adapter_config.json"
@@ -184,13 +188,13 @@ def import_peft(model: nn.Module, folder: str | Path, **hyper) -> nn.Module:
             raise UserError(f"{folder}: the tensors of {module} do not fit its config or the model")
         scale, split = scale_of(raw, path, module, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
-        for layer, part, own in zip(ours, B.split(sizes), magnitudes):
-            updates[layer] = Update(*(used(A, part) if split else (A, part)), scale, own)
+        for layer, part, lengths in zip(ours, B.split(sizes), magnitudes):
+            updates[layer] = Update(*(used(A, part) if split else (A, part)), scale, lengths)
     known = [layer for layers in modules.values() for layer in layers]
     dropout = number(raw, path, "lora_dropout", 0)
     try:
-        inject(model, method, targets_for(updates, known), **ranks_and_alphas(updates),
-               dropout=dropout, **hyper)
+        inject(model, method, targets_for(updates, known), one_or_each(ranks(updates)),
+               one_or_each(alphas(updates)), dropout, **own)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     with torch.no_grad():
@@ -230,15 +234,24 @@ def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
     return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
 
 
-def ranks_and_alphas(updates: dict[str, Update]) -> dict:
-    """The commonest rank and alpha = scale * rank, and where they are others."""
-    values = {"rank": {name: len(update.A) for name, update in updates.items()},
-              "alpha": {name: whole(u.scale * len(u.A)) for name, u in updates.items()}}
-    out = {}
-    for kind, of in values.items():
-        out[kind] = Counter(of.values()).most_common(1)[0][0]
-        out[f"{kind}_pattern"] = {name: value for name, value in of.items() if value != out[kind]}
-    return out
+def ranks(updates: dict[str, Update]) -> dict[str, int]:
+    return {name: len(update.A) for name, update in updates.items()}
+
+
+def alphas(updates: dict[str, Update]) -> dict[str, float]:
+    """Returns each alpha = scale * rank."""
+    return {name: whole(update.scale * len(update.A)) for name, update in updates.items()}
+
+
+def pattern_of(values: dict) -> tuple:
+    """Returns the commonest value, and the names that have another, as PEFT writes them."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {name: value for name, value in values.items() if value != common}
+
+
+def one_or_each(values: dict):
+    """Returns the one value that all have, or all of them, as inject() takes them."""
+    return next(iter(values.values())) if len(set(values.values())) == 1 else values
 
 
 def whole(number: float) -> float | int:

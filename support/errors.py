@@ -1,6 +1,7 @@
 """One-line user errors, and output whose loss loses nothing."""
 import difflib
 import functools
+import math
 import os
 import sys
 from contextlib import contextmanager
@@ -12,6 +13,10 @@ import torch
 
 class UserError(ValueError):
     """Wrong input from the user: one line that names the file, line or option at fault."""
+
+
+class NotFinite(ArithmeticError):
+    """A loss, gradient, weight or score that is NaN or infinite."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -32,6 +37,13 @@ def require(*packages: str) -> None:
 def out_of_memory(error: RuntimeError) -> bool:
     """The GPU's memory, or the machine's, does not suffice."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def stop_unless_finite(numbers: dict[str, float], when: str) -> None:
+    """Raises NotFinite, which names up to three of them, if a number is not finite."""
+    bad = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        raise NotFinite(f"{when}: {', '.join(bad[:3])}")
 
 
 def refuse_not_finite(tensor: torch.Tensor, name: str) -> None:

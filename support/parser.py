@@ -23,13 +23,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        known, unknown = self.parse_known_args(args, namespace)
+        """Reads a command line; the result's `given` has the names of the flags that stood there.
+
+        Raises UserError if a flag is unknown or wrong.
+        """
+        own = [action for action in self._actions if action.dest != "help"]
+        # With None there already, argparse fills in no default: what is not None was given.
+        known, unknown = self.parse_known_args(
+            args, argparse.Namespace(**{action.dest: None for action in own}))
         if unknown:
             raise UserError(f"{unknown[0]}: unknown flag"
                             + nearest(unknown[0], self._option_string_actions))
         for name, value in vars(known).items():
             if isinstance(value, str) and not is_utf8(value):
                 raise UserError(f"{flag(name)} {value!r}: not UTF-8")
+        known.given = {action.dest for action in own if getattr(known, action.dest) is not None}
+        for action in own:
+            if action.dest not in known.given:
+                setattr(known, action.dest, action.default)
         return known
 
 

@@ -1,27 +1,30 @@
 """Several processes, one run: what torch.distributed needs from us.
 
     torchrun --nproc-per-node 2 train.py --method dual
-torchrun starts the same command N times and tells each its place by environment variables. Every
-process holds the whole model, works on its slice of each batch, and torch's
-DistributedDataParallel sums the gradients, so that all take the same step. Process 0 writes the
-files. Without torchrun there is one process, and everything here does nothing.
+torchrun starts the same command N times. Environment variables tell each process its number. Every
+process holds the whole model and works on its share of each batch. sum_gradients() then gives all
+of them the same gradients, so that they take the same step. Process 0 writes the files. Without
+torchrun there is one process, and everything here does nothing.
 """
 import os
-from contextlib import nullcontext
-from functools import reduce
+from typing import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from support.errors import UserError
 
+VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+BUCKET = 2 ** 24        # numbers that are sent at once
 
-def start(device: str) -> None:
-    """Meets the other processes; on "cuda" each takes a GPU of its own."""
-    if dist.is_initialized() or not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
-                                     "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+
+def join_processes(device: str) -> None:
+    """Meets the other processes; on "cuda" each takes a GPU of its own.
+
+    Raises UserError if the device names one GPU, or there are fewer GPUs than processes.
+    """
+    if dist.is_initialized() or not VARIABLES <= os.environ.keys():
         return
     if device.startswith("cuda:"):
         raise UserError(f"--device {device}: each process takes a GPU of its own, give cuda")
@@ -33,62 +36,85 @@ def start(device: str) -> None:
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
 
-def rank() -> int:
-    """The place of this process: 0 writes the files and talks to the user."""
+def process_number() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """The number of processes."""
+def process_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def everyones(value) -> list:
-    """The value of every process, in order of rank."""
-    values = [value] * world()
-    if world() > 1:
+def is_main() -> bool:
+    """Says whether this process writes the files and talks to the user."""
+    return process_number() == 0
+
+
+def gathered(value) -> list:
+    """Returns the value of every process, in order of their numbers."""
+    values = [value] * process_count()
+    if process_count() > 1:
         dist.all_gather_object(values, value)
     return values
 
 
 def summed(numbers: list[float], device: str) -> list[float]:
-    """Each number's sum over the processes."""
-    if world() == 1:
+    """Returns each number's sum over the processes."""
+    if process_count() == 1:
         return numbers
     sums = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(sums)
     return sums.tolist()
 
 
-def completed(items: list) -> list:
-    """The list of which each process has filled in its own places and left None in the others."""
-    return [next((item for item in place if item is not None), None)
-            for place in zip(*everyones(items))]
+def joined(items: list) -> list:
+    """Returns the list of which each process filled in its share and left None elsewhere."""
+    return [next((item for item in column if item is not None), None)
+            for column in zip(*gathered(items))]
 
 
-def parallel(loss: nn.Module, idle: bool) -> nn.Module:
-    """`loss`, so that each backward leaves the sum of all processes' gradients in its parameters.
+def own_parts(batch: list, parts: int) -> list[list]:
+    """Cuts a batch into `parts` slices for each process; returns those of this process.
 
-    idle: some parameters may be without gradient for a time.
+    The slices are contiguous, and of equal length but for one.
     """
-    if world() == 1:
-        return loss
-    loss = DistributedDataParallel(loss, forward_sync_buffers=False,
-                                   find_unused_parameters=idle)
-    loss.register_comm_hook(None, add_up)
-    return loss
+    n = parts * process_count()
+    cuts = [i * len(batch) // n for i in range(n + 1)]
+    slices = [batch[a:b] for a, b in zip(cuts, cuts[1:])]
+    return slices[parts * process_number():parts * (process_number() + 1)]
 
 
-def meeting(loss: nn.Module, last: bool):
-    """A context for a backward: after the last of a step the processes add up their gradients."""
-    return nullcontext() if last or world() == 1 else loss.no_sync()
+@torch.no_grad()
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Gives every process the sum of all processes' gradients; None where no process has one.
+
+    A sum, and not the average of DistributedDataParallel. The average would need a loss N times as
+    large, and Dual LoRA's clip would cut its gradients elsewhere. The sum is taken in order of
+    process, as one process adds up its micro-batches. Where a gradient is nearly 0, Adam makes
+    whole steps of a rounding, and all_reduce rounds in an order of its own.
+    """
+    if process_count() == 1:
+        return
+    bucket = []
+    for p in parameters:
+        bucket.append(p)
+        if sum(p.numel() for p in bucket) > BUCKET:
+            sum_bucket(bucket)
+            bucket = []
+    if bucket:
+        sum_bucket(bucket)
 
 
-def add_up(_, bucket: dist.GradBucket):
-    """Instead of DDP's average, which would need a loss N times as large, whose gradients Dual
-    LoRA's clip would cut elsewhere: it is not linear. And in order of rank, as one process adds up
-    its micro-batches: all_reduce has an order of its own, and where a gradient is nearly 0 Adam
-    makes whole steps of the rounding. That costs N buckets instead of 2 on their way."""
-    parts = [torch.empty_like(bucket.buffer()) for _ in range(world())]
-    work = dist.all_gather(parts, bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda _: reduce(torch.Tensor.add_, parts))
+def sum_bucket(parameters: list[nn.Parameter]) -> None:
+    """Sends the gradients in one flat tensor, behind a mark for each that says whether it is."""
+    marks = parameters[0].new_tensor([p.grad is not None for p in parameters])
+    own = torch.cat([marks, *(torch.zeros_like(p).flatten() if p.grad is None else
+                              p.grad.flatten() for p in parameters)])
+    parts = [torch.empty_like(own) for _ in range(process_count())]
+    dist.all_gather(parts, own)
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    marks, numbers = total[:len(parameters)].tolist(), total[len(parameters):]
+    sizes = [p.numel() for p in parameters]
+    for p, there, gradient in zip(parameters, marks, numbers.split(sizes)):
+        p.grad = gradient.view_as(p).to(p.dtype, copy=True) if there else None

@@ -2,20 +2,20 @@
 
 config.json          the resolved flags, and what they were applied to
 log.jsonl            a line a step
-checkpoint.pt        all that training changes; until the end also checkpoint-before.pt, its
-                     predecessor, in case that the disk spoils it
+checkpoint.pt        all that training changes, of finite weights
 adapter.safetensors  the trained adapters
 snapshots/           with --snapshot-every: the adapters after so many steps, <step>.safetensors
 result.json          the scores before and after: here the run is finished
 Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
-step. Of several processes (processes.py) the first one writes; all must see the folder. Two runs
-cannot work in one folder at a time.
+step. Several processes share the folder, and the first writes. Two runs cannot work in one folder
+at a time. --overwrite renames an older run to NAME.old.
 """
 import hashlib
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import zipfile
@@ -33,132 +33,106 @@ from methods import METHODS, load, save, state
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, writing
 from support.parser import flag
-from support.processes import everyones, rank
+from support.processes import gathered, is_main, process_number
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NEWEST, BEFORE = "checkpoint.pt", "checkpoint-before.pt"
-SNAPSHOTS = "snapshots"
-FILES = ("result.json", "adapter.safetensors", NEWEST, BEFORE, "log.jsonl")    # and config.json
+CHECKPOINT, SNAPSHOTS = "checkpoint.pt", "snapshots"
+FILES = ("result.json", "adapter.safetensors", CHECKPOINT, "log.jsonl")     # and config.json
+
+
+class Flags(Namespace):
+    """The flags of a run with nothing left open; they cannot be changed."""
+
+    def __init__(self, **flags):
+        self.__dict__.update(flags)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: the flags of a run are settled")
 
 
 class Run:
     """The files of a run; of several processes the first writes them."""
 
     def __init__(self):
-        self.folder = self.lock = None
-        self.newest = None              # the number of steps that the newest checkpoint holds
-        self.replacing: dict | None = None      # the config.json that is to replace an older run's
+        self.folder: Path | None = None
+        self.lock: int | None = None
 
     def claim(self, args: Namespace) -> None:
         """Makes --out, or a new folder under runs/, and locks it until release() or our end.
 
-        UserError: another process works there, or has done so since the flags were checked.
+        With --overwrite a run that stands there is set aside. Raises UserError if another process
+        works there, or has done so since the flags were checked.
         """
-        if rank() == 0:
-            for out in folders(args):
+        folder = None
+        if is_main():
+            if args.overwrite and args.out is not None and visible(args.out):
+                set_aside(args.out)
+            for folder in folders(args):
                 try:
-                    with writing(out):
-                        os.makedirs(out, exist_ok=args.out is not None)
-                    self.lock = locked(out)
+                    with writing(folder):
+                        os.makedirs(folder, exist_ok=args.out is not None)
+                    self.lock = locked(folder)
                     break
                 except UserError:
-                    if args.out is not None or not os.path.isdir(out):
+                    if args.out is not None or not os.path.isdir(folder):
                         raise                           # else: take the next name
-            if not (args.resume or args.overwrite) and visible(out):
-                raise UserError(f"--out {out}: another run has just begun there")
-            args.out = out
-        args.out = everyones(args.out)[0]
-        self.folder = Path(args.out)
+            if not args.resume and visible(folder):
+                raise UserError(f"--out {folder}: another run has just begun there")
+        self.folder = Path(gathered(folder)[0])
 
     def release(self) -> None:
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-    def begin(self, config: dict, overwrite: bool) -> None:
-        """Writes config.json; where another run is to be overwritten, only when the first step of
-        this one is done: until then a mistake or Ctrl-C loses nothing."""
-        if overwrite and visible(self.folder):
-            self.replacing = config
-        else:
-            self.write("config.json", config)
-
-    def note(self, **more) -> None:
-        """Adds to config.json what is known only after the run has begun, before its first step."""
-        if self.replacing is not None:
-            self.replacing |= more
-        else:
-            self.write("config.json", read_config(self.folder) | more)
-
-    @property
-    def own(self) -> bool:
-        """What stands in the folder is this run's, and not an older one's."""
-        return self.replacing is None
+        unlock(self.lock)
+        self.lock = None
 
     @property
     def begun(self) -> bool:
-        """It can be resumed."""
-        return (self.folder is not None and self.own
-                and (self.folder / "config.json").exists())
+        """Says whether the run can be resumed."""
+        return self.folder is not None and (self.folder / "config.json").exists()
+
+    def note(self, **more) -> None:
+        """Adds to config.json, or begins it."""
+        self.write("config.json", (read_config(self.folder) if self.begun else {}) | more)
 
     def write(self, name: str, content: dict) -> None:
-        if rank() == 0:
+        if is_main():
             with atomic_write(self.folder / name) as path:
                 path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n",
                                 encoding="utf-8")
 
     def log(self, line: dict) -> None:
         path = self.folder / "log.jsonl"
-        if self.replacing is not None:
-            if rank() == 0:
-                for path in (*(self.folder / name for name in FILES), *snapshots(self.folder)):
-                    with writing(path):
-                        path.unlink(missing_ok=True)
-            self.write("config.json", self.replacing)
-            self.replacing = None
-        if rank() == 0:
+        if is_main():
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def checkpoint(self, model, optimizer, step: int) -> None:
-        """Written by the first process with the random state of all; the one before is kept."""
-        states = everyones(rng_states(model))
-        if rank() == 0:
-            newest, before = self.folder / NEWEST, self.folder / BEFORE
-            with atomic_write(newest) as path:
+        """Writes all that training changes, with the random state of every process."""
+        states = gathered(rng_states(model))
+        if is_main():
+            with atomic_write(self.folder / CHECKPOINT) as path:
                 torch.save({"step": step, "model": state(model), "rng": states,
                             "optimizer": optimizer.state_dict(), "run": self.identity()}, path)
-                if newest.exists():
-                    newest.replace(before)
-        self.newest = step
 
     def snapshot(self, model, step: int) -> None:
-        if rank() == 0:
+        if is_main():
             save(model, self.folder / SNAPSHOTS / f"{step:06d}.safetensors")
 
     def identity(self) -> str:
         return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
 
     def restore(self, model, optimizer) -> int:
-        """The step to go on from; 0 where there is nothing to go on with."""
-        found = [path for name in (NEWEST, BEFORE) if (path := self.folder / name).exists()]
-        problems = []
-        for path in found:
+        """Puts everything back as the checkpoint has it; returns the step to go on from.
+
+        That is 0 if there is no checkpoint. Raises UserError if it is damaged or another run's.
+        """
+        path, step = self.folder / CHECKPOINT, 0
+        if path.exists():
             try:
                 step = read_checkpoint(path, model, optimizer, self.identity())
-                self.newest = step
-                break
             except Exception as error:      # a broken file can break its reader in any way
-                problems.append(f"{path}: cannot resume from it: {str(error)[:200]}")
-        else:
-            if found:
-                raise UserError("; ".join(problems))
-            step = 0
-        if rank() == 0:
-            for problem in problems:        # at most one: a damaged newest must not become BEFORE
-                print(f"{problem}; going on from {path}, step {step}", file=sys.stderr)
-                found[0].unlink()
+                raise UserError(f"{path}: cannot resume from it: {str(error)[:200]}") from error
+        if is_main():
             for left_over in self.folder.glob(".*.tmp"):            # by a process that was killed
                 left_over.unlink()
             self.cut_log(step)
@@ -171,31 +145,48 @@ class Run:
         with atomic_write(log) as temporary:
             temporary.write_bytes(b"".join(lines))
 
-    def finish(self, result: dict) -> None:
-        self.write("result.json", result)
-        if rank() == 0:
-            (self.folder / BEFORE).unlink(missing_ok=True)
+
+def set_aside(out: str) -> None:
+    """Renames the run in `out` to NAME.old; an older NAME.old goes.
+
+    Raises UserError if another process works in one of them, or NAME.old is no run.
+    """
+    old, lock = Path(f"{os.path.normpath(out)}.old"), locked(out)
+    try:
+        if old.exists():
+            if not (old / "config.json").exists():
+                raise UserError(f"{old}: is not a run, and stands where --overwrite would put one")
+            unlock(locked(str(old)))
+            with writing(old):
+                shutil.rmtree(old)
+        with writing(old):
+            os.rename(out, old)
+    finally:
+        unlock(lock)
 
 
 def snapshots(folder: str | Path) -> list[Path]:
-    """The run's snapshots, oldest first."""
+    """Lists the run's snapshots, oldest first."""
     return sorted(Path(folder, SNAPSHOTS).glob("[0-9]*.safetensors"))
 
 
 def folders(args: Namespace) -> Iterator[str]:
-    """--out; without it runs/<task>-<method>-r<rank>-s<seed>, -2, -3, ..., less what exists."""
+    """Yields --out; without it runs/<task>-<method>-r<rank>-s<seed>, -2, -3, ... that are free."""
     if args.out is not None:
         yield args.out
         return
-    rank = "" if args.rank is None else f"-r{args.rank}"
-    name = f"runs/{args.task.replace('/', '-')}-{args.method}{rank}-s{args.seed}"
+    size = "" if args.rank is None else f"-r{args.rank}"
+    name = f"runs/{args.task.replace('/', '-')}-{args.method}{size}-s{args.seed}"
     for out in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
         if not os.path.exists(out):
             yield out
 
 
 def locked(folder: str) -> int | None:
-    """Opens the folder with a lock that the system takes away when we end, however we end."""
+    """Opens the folder with a lock, which the system takes away when we end, however we end.
+
+    Raises UserError if another process holds it.
+    """
     try:
         import fcntl
     except ImportError:                     # Windows
@@ -211,12 +202,17 @@ def locked(folder: str) -> int | None:
     return lock
 
 
+def unlock(lock: int | None) -> None:
+    if lock is not None:
+        os.close(lock)
+
+
 def visible(folder: str | Path) -> list[Path]:
     return list(Path(folder).glob("[!.]*"))
 
 
 def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
-    """Puts everything back as it was -> the number of steps done."""
+    """Puts everything back as it was; returns the number of steps done."""
     with zipfile.ZipFile(path) as file:     # torch does not look at the checksums it writes
         if file.testzip() is not None:
             raise ValueError(f"{file.testzip()} in it is damaged")
@@ -231,7 +227,7 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
         for name, tensor in state(model).items():
             tensor.copy_(saved["model"][name])
     optimizer.load_state_dict(saved["optimizer"])
-    states = saved["rng"][rank()]
+    states = saved["rng"][process_number()]
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], next(model.parameters()).device)
@@ -239,7 +235,7 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
 
 
 def rng_states(model) -> list:
-    """What dropout draws from: the CPU's generator, and the GPU's where the model is on one."""
+    """Returns what dropout draws from: the CPU's state, and the GPU's where the model is on one."""
     device = next(model.parameters()).device
     on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_gpu]
@@ -247,8 +243,10 @@ def rng_states(model) -> list:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function: has Ctrl-C, or SIGTERM as schedulers send it, come? So that a run can stop
-    between two steps. A second one acts at once, as usual."""
+    """Yields a function that says whether Ctrl-C, or a scheduler's SIGTERM, has come.
+
+    So a run can stop between two steps. A second request acts at once, as usual.
+    """
     came = []
 
     def note(number, frame):
@@ -265,8 +263,10 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 # ---- what a run was
 def read_config(folder: str | Path) -> dict:
-    """config.json: args, versions, the score before training, and what the run began with (see
-    check_same)."""
+    """Reads config.json: flags, versions, the score before training, what the run began with.
+
+    Raises UserError if there is none, or one that no run of this version wrote.
+    """
     path = Path(folder) / "config.json"
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
                  max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
@@ -277,6 +277,8 @@ def read_config(folder: str | Path) -> dict:
         for name, kind in kinds.items():
             if not isinstance(config["args"][name], kind):
                 raise ValueError(f"{name} is {config['args'][name]!r}")
+        if config["args"]["dtype"] not in PRECISIONS:
+            raise ValueError(f"dtype is {config['args']['dtype']!r}")
         before = config.get("before") or {}
         if not isinstance(before, dict) or not all(
                 isinstance(value, Number) and math.isfinite(value) for value in before.values()):
@@ -293,40 +295,43 @@ def read_config(folder: str | Path) -> dict:
     return config
 
 
-def read_flags(folder: str | Path) -> Namespace:
-    """The resolved flags of a run."""
-    return Namespace(**read_config(folder)["args"])
+def read_flags(folder: str | Path) -> Flags:
+    return Flags(**read_config(folder)["args"])
 
 
 def finished(folder: str | Path) -> bool:
     return all((Path(folder) / name).exists() for name in ("result.json", "adapter.safetensors"))
 
 
-def saved_flags(given: Namespace) -> Namespace:
-    """The flags of the run in --out. UserError: one that was given, too, is not the run's own."""
+def saved_flags(given: Namespace) -> Flags:
+    """Returns the flags of the run in --out.
+
+    Raises UserError if a flag was given, too, and is not the run's own.
+    """
     saved = read_flags(given.out)
-    for name, value in vars(given).items():
+    for name in sorted(given.given - {"out", "resume", "overwrite"}):
         if name not in saved:
             raise UserError(f"{given.out}/config.json: has no {name}")
-        own = getattr(saved, name)
-        if (value is not None and name not in ("out", "resume", "overwrite")
-                and value != own and not same_path(value, own)):
+        value, own = getattr(given, name), getattr(saved, name)
+        if value != own and not same_path(value, own):
             raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
                             f"own flags")
     return saved
 
 
-def resumed(given: Namespace) -> Namespace:
-    """saved_flags() to go on with. Where the whole run was asked for, and not only to go on, a
-    finished one is as good: ends with status 0."""
+def resumed(given: Namespace) -> Flags:
+    """Returns the flags of the run in --out, to go on with.
+
+    If the run is finished and was asked for as a whole, with its method, the program ends well.
+    Raises UserError as saved_flags() does, or if there is nothing to resume.
+    """
     saved = saved_flags(given)
     if finished(given.out):
         if given.method is None and given.from_peft is None:
             raise UserError(f"--out {given.out}: the run is finished, there is nothing to resume")
         print(f"{given.out}: finished already")
         sys.exit(0)
-    saved.out, saved.resume, saved.overwrite = given.out, True, False
-    return saved
+    return Flags(**vars(saved) | {"out": given.out, "resume": True, "overwrite": False})
 
 
 def same_path(a, b) -> bool:
@@ -334,7 +339,7 @@ def same_path(a, b) -> bool:
 
 
 def check_same(folder: str, **now) -> None:
-    """UserError: something that the run in the folder began with is another now."""
+    """Raises UserError if something that the run in the folder began with is another now."""
     began = read_config(folder)
     for name, value in now.items():
         if began.get(name) != value:
@@ -343,19 +348,24 @@ def check_same(folder: str, **now) -> None:
 
 
 def weights_dtype(dtype: str, method: str | None) -> torch.dtype:
-    """Of the base model. Weights that train themselves stay float32: bf16's 8 bits would round
-    a small learning rate's steps away."""
+    """Returns the dtype of the base model.
+
+    Weights that train themselves stay float32: bf16's 8 bits would round a small learning rate's
+    steps away.
+    """
     return torch.float32 if method == "full" else PRECISIONS[dtype]
 
 
 def check_base(folder: str, model, dtype: torch.dtype) -> None:
-    """UserError: the model is not the one whose adapters the run trained."""
+    """Raises UserError if the model is not the one whose adapters the run trained."""
     check_same(folder, base=fingerprint(model.state_dict(), dtype))
 
 
 def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
-    """Puts the run's adapters, trained or as in a snapshot, into its base model. UserError: they
-    are another run's."""
+    """Puts the run's adapters, trained or as in a snapshot, into its base model.
+
+    Raises UserError if they are another run's.
+    """
     file = snapshot or Path(folder) / "adapter.safetensors"
     began = read_config(folder).get("adapters")
     load(model, file)
@@ -365,9 +375,9 @@ def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> No
 
 
 def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """sha256 of each tensor's name, shape and a sample of its numbers, in that dtype.
+    """Returns the sha256 of each tensor's name, shape and some 1,000 of its numbers, in that dtype.
 
-    The sample has about 1,000 numbers, evenly spread: to read all of a 7B model takes 40 seconds.
+    The numbers are at even distances; to read all of a 7B model would take 40 seconds.
     """
     digest = hashlib.sha256(str(dtype).encode())
     for name, tensor in sorted(tensors.items()):

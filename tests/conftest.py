@@ -1,9 +1,14 @@
+import functools
+import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from runs import ITEMS, SHORT
 
+import train
+from data.text import Text
 from formats.checkpoint import load_pretrained
 
 ROOT = Path(__file__).parents[1]
@@ -43,3 +48,38 @@ def one_thread():
 def a_seed():
     """Keeps a test from flickering."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch):
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def items(empty_folder):
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
+    return ["--task", "jsonl", "--data", "items.jsonl", "--out", "run"]
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """The splits of jsonl that score() is asked for, in order."""
+    asked, real = [], Text.score
+
+    def score(task, model, examples):
+        asked.append("valid" if examples == task.valid else "test")
+        return real(task, model, examples)
+    monkeypatch.setattr(Text, "score", score)
+    return asked
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """method -> the folder of its run with SHORT, made once for all tests: none writes there."""
+    @functools.cache
+    def folder_of(method: str) -> Path:
+        folder = tmp_path_factory.mktemp("plain") / "run"
+        train.main(["--method", method, "--out", str(folder), *SHORT])
+        return folder
+    return folder_of

@@ -1,4 +1,4 @@
-"""What a run stored, whether eval.py repeats it, and how a wrong command ends."""
+"""Runs for tests: short ones, what they stored, and how a wrong command ends."""
 import json
 from pathlib import Path
 
@@ -6,6 +6,9 @@ import pytest
 
 import eval as evaluation
 import train
+
+SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
+ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
 
 
 def result_of(folder: str) -> dict:

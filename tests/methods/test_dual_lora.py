@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from data.task import Sequence, score_targets
+from data.scoring import score_targets
+from data.task import Sequence
 from dual_lora import DualLoRALinear, warmup_after
 from formats.checkpoint import load_pretrained
 from generate import generate

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import convert
 import eval as evaluation
 import train
-from data import load_task
 from formats.checkpoint import load_pretrained, save_pretrained
 from methods import METHODS, inject, load, merge, save
 from support.errors import UserError, refuse_not_finite
@@ -86,7 +85,7 @@ def test_the_last_good_checkpoint_is_kept_when_a_later_step_spoils_the_weights(c
                     *SHORT])
     last = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 1 and "layers.0.attn.q.B nan" in last
-    assert last.endswith("the last good state is run/checkpoint.pt")
+    assert last.endswith("the last checkpoint is run/checkpoint.pt")
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
     assert "NaN" not in Path("run/log.jsonl").read_text()
 
@@ -114,10 +113,9 @@ def test_a_score_that_is_not_finite_is_no_result(capsys, monkeypatch):
     with monkeypatch.context() as patch:        # of the test alone, as eval.py scores it
         patch.setattr(Text, "score", broken)
         line = refused(capsys, "--run", "c", "--predictions", "p.jsonl", main=evaluation.main)
-        assert "the score perplexity is nan" in line and not Path("p.jsonl").exists()
-        test = load_task("jsonl", load_pretrained(BASE)[1], 256, data="a.jsonl").test
-        patch.setattr(Text, "score", lambda task, model, tokenizer, examples, size: (
-            broken if examples == test else real)(task, model, tokenizer, examples, size))
+        assert "c: perplexity nan" in line and not Path("p.jsonl").exists()
+        patch.setattr(Text, "score", lambda task, model, examples: (
+            broken if examples == task.test else real)(task, model, examples))
         with pytest.raises(SystemExit) as stop:
             train.main([*flags, "--skip-before", "--out", "d"])
         assert stop.value.code == 1

@@ -1,0 +1,63 @@
+"""Reads files that hold examples, and divides them into splits. Errors name file and line."""
+import json
+from pathlib import Path
+from typing import Iterator
+
+from data.task import evenly
+from support.errors import UserError
+
+
+def read_text(path: str | Path) -> str:
+    """Reads a UTF-8 file, without byte order mark and with lines that end in \\n.
+
+    Raises UserError if the file cannot be read or a line, which it names, is not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{line}: not UTF-8 text") from None
+
+
+def parse_json(text: str, where: str):
+    """Returns the value of a JSON text.
+
+    Raises UserError, which begins with `where`, if it is not JSON or holds half of a surrogate
+    pair, which no file or terminal can be sent.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: holds half of a surrogate pair, \\ud800 to \\udfff") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON: {str(error)[:100]}") from None
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yields the lines of read_text(path) that hold text, with their numbers from 1."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip(" "):         # not tabs, which make columns
+            yield number, line
+
+
+def hold_out(items: list, n: int, source: str | Path) -> tuple[list, list]:
+    """Divides the items: returns the others, and n at even distances, since files may be sorted.
+
+    At most a tenth of the items and at least one is held out. Raises UserError, which names the
+    source, if there are fewer than two.
+    """
+    if len(items) < 2:
+        raise UserError(f"{source}: fewer than 2 examples; train and valid need one each")
+    taken = set(evenly(max(1, min(n, len(items) // 10)), len(items)))
+    return ([item for i, item in enumerate(items) if i not in taken],
+            [item for i, item in enumerate(items) if i in taken])
+
+
+def split_file(items: list) -> tuple[list, list, list]:
+    """Returns train, valid and test: the file's last two tenths, at least one item each."""
+    held = max(1, len(items) // 10)
+    return items[:-2 * held], items[-2 * held:-held], items[-held:]

@@ -1,0 +1,104 @@
+"""What train.py says: before a run, after it, and when it ends early."""
+import os
+import shlex
+import sys
+from argparse import Namespace
+
+import torch
+
+from data.task import Task
+from methods import METHODS, adapters, is_listed
+from support.errors import NotFinite, UserError, out_of_memory
+from support.flags import ships
+from support.processes import process_count
+from support.run import CHECKPOINT, Run
+
+
+def print_header(args: Namespace, run: Run, model, task: Task, plan: str, facts: dict) -> None:
+    """Says what will run."""
+    name = os.path.relpath(args.model) if os.path.exists(args.model) else args.model
+    print(f"{args.method} on {args.task}, from {name}, into {run.folder}")
+    share = 100 * facts["trainable"] / facts["total"]
+    print(f"trainable {facts['trainable']:,} of {facts['total']:,} parameters ({share:.2f} %)"
+          + f", {facts['whole']:,} of them in whole modules" * (facts["whole"] > 0))
+    if adapters(model):
+        own, method = model.injected, METHODS[args.method]
+        print(f"{len(adapters(model))} layers adapted: {args.targets or ','.join(own['targets'])}; "
+              f"rank {span(own['rank'])}"
+              + (f", alpha {span(own['alpha'])}" if "alpha" in own else "")
+              + f", dropout {own['dropout']:g}"
+              + "".join(f", {name} {getattr(args, name)}" for name in method.options
+                        if getattr(args, name) is not None)
+              + (f", lr_ratio {args.lr_ratio:g}" if method.layer.lr_ratio_parameters else ""))
+    if plan:
+        print(plan)
+    print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
+          f"loss on {args.loss_on}")
+    if any(facts["cut"].values()):
+        print(f"{facts['cut']['train']} train and {facts['cut']['held out']} other examples lose "
+              f"the start of their prompt to --max-length {args.max_length}")
+    for name in ("trained_on", "missing"):
+        if name in task.notes:
+            print(f"{name}: {task.notes[name]}")
+    large = not ships(args.model) and args.lr == METHODS[args.method].large_lr
+    whose = f" ({METHODS[args.method].large_lr_from} for large models)" if large else ""
+    print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}{whose} after "
+          f"{args.warmup} steps of rise, seed {args.seed}, {args.dtype}, {args.device}"
+          + (f", {process_count()} processes" if process_count() > 1 else ""))
+
+
+def span(value) -> str:
+    """Writes a number, or the smallest and largest of a dict's."""
+    low, high = (f"{end(value.values()) if isinstance(value, dict) else value:g}"
+                 for end in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def print_result(args: Namespace, run: Run, task: Task, before: dict | None, after: dict,
+                 seconds: float) -> None:
+    """Prints the scores before and after, each with its meaning, and the command to go on with."""
+    print(f"{'':20}{'before':>12}{'after':>12}")
+    explained_kinds = set()
+    for name, value in after.items():
+        kind = name.partition("/")[0]
+        meaning = "" if kind in explained_kinds else task.meaning.get(kind, "")
+        explained_kinds.add(kind)
+        print((f"{name:20} " + (f"{before[name]:11.4f}" if before else f"{'-':>11}")
+               + f" {value:11.4f}   {meaning}").rstrip())
+    print(f"{seconds:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
+    if not is_listed(args.method):
+        print(f"  (once {args.method} stands in methods.py, where eval.py and convert.py look for "
+              "it)")
+    print(f"  python eval.py --run {shlex.quote(str(run.folder))} --prompt TEXT")
+
+
+def script(argv: list[str] | None) -> str:
+    """Names the program that was started: train.py, or a file that adds a method to METHODS."""
+    return "train.py" if argv is not None else os.path.relpath(sys.argv[0])
+
+
+def last_words(stop: KeyboardInterrupt | NotFinite, run: Run, program: str) -> str:
+    """Says why a run ends before its last step, and what there is to go on with."""
+    if isinstance(stop, NotFinite):
+        hint = "; a lower --lr may help" * str(stop).startswith("step")
+        kept = run.folder / CHECKPOINT
+        return f"error: {stop}{hint}; " + (f"the last checkpoint is {kept}" if kept.exists() else
+                                           "no checkpoint was saved")
+    launcher = "python" if process_count() == 1 else f"torchrun --nproc-per-node {process_count()}"
+    return "stopped; " + (f"{launcher} {program} --resume --out {shlex.quote(str(run.folder))} "
+                          "goes on" if run.begun else "the run had not begun")
+
+
+def explained(error: RuntimeError) -> Exception:
+    """Turns torch's error into a UserError if it tells what the user can do."""
+    from torch._dynamo.exc import TorchDynamoException  # which takes a second to import
+    what = " ".join(str(error).split())[:300]
+    if isinstance(error, TorchDynamoException):
+        return UserError(f"--compile: {what}")
+    if out_of_memory(error):
+        return UserError(f"out of memory; a smaller --batch-size, --grad-accum, "
+                         f"--grad-checkpointing or --max-length may help: {what}")
+    if process_count() > 1 and (isinstance(error, torch.distributed.DistError)
+                                or "Connection" in what):
+        return UserError(f"another process has ended: {what}")
+    return error

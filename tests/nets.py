@@ -1,0 +1,79 @@
+"""A small network for tests of the methods, and a loop that trains it."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods import METHODS, contract, inject, param_groups
+
+ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
+
+
+STEPS = 12
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q, self.v = nn.Linear(width, width), nn.Linear(width, 2 * width, bias=False)
+        self.o = nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        return x + self.o(torch.tanh(self.q(x)).repeat(1, 2) * self.v(x))
+
+
+class Net(nn.Module):
+    """Targets at the root, nested, in a ModuleList; one module at two paths; a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.q = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList([Block(8), Block(8)])
+        self.twin = nn.ModuleDict({"v": self.blocks[0].v})
+        self.norm = nn.LayerNorm(8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.q(self.embed(tokens))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x + self.twin["v"](x).chunk(2, -1)[0]))
+
+
+def net(dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    return Net().to(dtype)
+
+
+def injected(method, dtype=torch.float32, **kwargs):
+    torch.manual_seed(1)
+    return inject(net(dtype), method, ["q", "v"], **dict(rank=4, alpha=8) | kwargs)
+
+
+def data(n=16):
+    generator = torch.Generator().manual_seed(2)
+    return (torch.randint(11, (n,), generator=generator),
+            torch.randint(11, (n,), generator=generator))
+
+
+def train(model, steps=STEPS, lr=0.01):
+    """The loop of train.py: backward, step, on_step, zero_grad."""
+    method, layers = contract(model)
+    optimizer = torch.optim.AdamW(param_groups(model, lr))
+    tokens, targets = data()
+    for step in range(steps):
+        loss = F.cross_entropy(model(tokens).float(), targets) + method.extra_loss(layers)
+        loss.backward()
+        optimizer.step()
+        method.on_step(layers, step, steps)
+        optimizer.zero_grad()
+    return model
+
+
+def snapshot(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

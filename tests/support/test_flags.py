@@ -1,0 +1,125 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import BASE
+from runs import ITEMS, SHORT, refused
+
+import eval as evaluation
+import train
+from data.text import Text
+from methods import METHODS
+from support import flags as flags_of_train
+
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--method is missing"),
+    (["--method", "dial"], "--method dial: unknown; did you mean dual?"),
+    (["--method", "lora", "--rnk", "4"], "--rnk: unknown flag; did you mean --rank?"),
+    (["--method", "lora", "--r1", "4"], "--r1: method lora does not use it"),
+    (["--method", "full", "--rank", "4"], "--rank: method full does not use it"),
+    (["--method", "lora", "--rank", "0"], "rank"),
+    (["--method", "lora", "--targets", "q,qq"], "qq"),
+    (["--method", "lora", "--lr", "nan"], "--lr"),
+    (["--method", "lora", "--steps", "3", "--epochs", "1"], "not both"),
+    (["--method", "lora", "--batch-size", "4", "--grad-accum", "5"], "--batch-size 4"),
+    (["--method", "lora", "--dtype", "fp16"], "--dtype"),
+    (["--method", "lora", "--out", "", "--overwrite"], "--out"),
+    (["--method", "lora", "--resume"], "--out"),
+    (["--method", "lora", "--task", "fact"], "--task fact: unknown; did you mean facts?"),
+    (["--method", "lora", "--task", "text"], "needs --data"),
+    (["--method", "lora", "--data", "x.txt"], "--data: task facts does not use it"),
+    (["--method", "lora", "--task", "text", "--data", "none.txt"], "none.txt"),
+    (["--method", "lora", "--model", "nowhere"], "nowhere"),
+    (["--method", "lora+", "--lr-ratio", "1e300"], "--lr-ratio"),
+    (["--method", "dual", "--steps", "1"], "at least 2 steps"),
+    (["--method", "adalora", "--t-init", "50", "--t-final", "50", "--steps", "100"], "t_init 50"),
+    (["--method", "adalora", "--lr-ratio", "4"], "--lr-ratio: method adalora does not use it"),
+    (["--method", "lora", "--device", "hpu"], "--device: hpu: neither cpu"),
+    (["--method", "lora", "--out", "x" * 300], "File name too long"),
+    (["--resume", "--out", "none"], "none"),
+])
+def test_wrong_flags_end_with_one_line_and_write_nothing(flags, said, capsys):
+    assert said in refused(capsys, *flags)
+    assert list(Path().iterdir()) == []
+
+
+def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
+    Path("t.txt").write_text("some words to learn from\n" * 50)
+    flags = ["--method", "lora", "--task", "text", "--data", "t.txt"]
+    assert "--max-length 1" in refused(capsys, *flags, "--max-length", "1")
+    assert "--loss-on answer" in refused(capsys, *flags, "--loss-on", "answer")
+    assert "--predictions: task text" in refused(
+        capsys, "--model", str(BASE), "--task", "text", "--data", "t.txt",
+        "--predictions", "out.jsonl", main=evaluation.main)
+    assert os.listdir() == ["t.txt"]
+
+
+def test_half_of_a_surrogate_pair_is_named_before_a_terminal_fails_on_it(capsys):
+    Path("data.jsonl").write_text('{"prompt": "a \\ud800", "target": "b"}\n' * 9)
+    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl"]
+    assert "data.jsonl:1: holds half of a surrogate pair" in refused(capsys, *flags)
+
+
+def test_a_wrong_line_of_data_is_named(capsys):
+    Path("data.jsonl").write_text('{"prompt": "a", "target": "b"}\n\n{"prompt": "a"}\n')
+    flags = ["--method", "lora", "--task", "jsonl", "--data", "data.jsonl"]
+    assert "data.jsonl:3:" in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize("row", [0, -1])        # in the training part, in the test part
+def test_a_target_that_does_not_fit_is_an_error_before_anything_is_lost(row, items, capsys):
+    train.main(["--method", "lora", *items, "--steps", "1"])
+    kept = {path.name: path.read_bytes() for path in Path("run").iterdir()}
+    rows = ITEMS.copy()
+    rows[row] = {"prompt": "a", "target": "b " * 100}
+    Path("items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--method", "lora", *items, "--max-length", "20", "--overwrite"]
+    line = refused(capsys, *flags)
+    assert "--max-length 20" in line and f"items.jsonl:{row % len(ITEMS) + 1}: a target of" in line
+    assert kept == {path.name: path.read_bytes() for path in Path("run").iterdir()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_model_gets_the_method_s_rate_for_large_models_and_says_so(method, capsys):
+    shutil.copytree(BASE, "model")
+    train.main(["--method", method, "--model", "model", "--out", "run", *SHORT[:4], "--max-eval",
+                "3", "--skip-before"])
+    lr = json.loads(Path("run/config.json").read_text())["args"]["lr"]
+    assert lr == METHODS[method].large_lr < METHODS[method].lr
+    whose = METHODS[method].large_lr_from
+    assert f"learning rate {lr:g} ({whose} for large models)" in capsys.readouterr().out
+    assert flags_of_train.default_lr(method, str(BASE)) == METHODS[method].lr
+
+
+def test_a_run_that_its_method_refuses_is_refused_before_the_texts_are_read(items, capsys,
+                                                                           monkeypatch):
+    monkeypatch.setattr(Text, "sequence", lambda *_: pytest.fail("tokenized"))
+    assert "to prune in" in refused(capsys, "--method", "adalora", *items, "--steps", "1")
+    assert "layers.0.attn.q: rank" in refused(capsys, "--method", "lora", *items, "--rank", "999")
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize("out, said", [("-x", "--out -x"), ("", "--out"), ("a\udcff", "not UTF-8")])
+def test_a_folder_s_name_that_cannot_be_used_is_refused_at_once(out, said, capsys):
+    assert said in refused(capsys, "--method", "lora", f"--out={out}")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "--run"),
+    (["--run", "none"], "none"),
+    (["--run", "a", "--model", "b"], "--run"),
+    (["--run", "a", "--task", "facts"], "--task"),
+    (["--model", "nowhere"], "--task"),
+    (["--run", "a", "--batch-size", "0"], "--batch-size"),
+    (["--model", "x", "--prompt", "Hi", "--max-eval", "3"], "--max-eval: --prompt scores nothing"),
+    (["--model", "x", "--task", "facts", "--max-new-tokens", "3"], "--max-new-tokens"),
+    (["--model", "x", "--task", "facts", "--predictions", "no/where"], "--predictions: no/where"),
+    (["--model", "x" * 300, "--task", "facts"], "File name too long"),
+])
+def test_eval_refuses_wrong_flags_in_one_line(flags, said, capsys):
+    assert said in refused(capsys, *flags, main=evaluation.main)
