@@ -21,14 +21,14 @@ SIDE, RANK, STEPS = 128, 8, 200     # 200 steps: more than LoRA-Dash's pre-launc
 GAP = 11                            # between two blocks, in entries
 TRAINED, FROM_W0 = "#2f7fc1", "0.78"
 
-# One step of fit() in train.py. The hooks of a method are those among HOOKS.
+# One step of fit() in train.py. A method may have the hooks in HOOKS; `start` comes before it.
 STEP = ("loss", "backward", "extra_loss", "backward", "clip", "optimizer.step", "on_step",
         "zero_grad")
 HOOKS = {"start": {"adalora": "plans its prunings", "dash": "plans its dash",
                    "dual": "plans its warm-up"},
          "extra_loss": {"adalora": "keeps P, Q orthonormal"},
          "on_step": {"adalora": "prunes directions",
-                      "dash": "picks directions",
+                     "dash": "picks directions",
                      "dual": "raises its warm-up"}}
 
 
@@ -64,16 +64,15 @@ def shape_of(method: str) -> dict:
     layer = example(method)
     return {"trained": sum(p.numel() for p in layer.parameters() if p.requires_grad),
             "rank": int(torch.linalg.matrix_rank(layer.delta_weight().detach())),
-            "factors": {product: {"columns": len(getattr(layer, product.split()[-1])),
-                                  "kept": kept_of(layer, product)}
-                        for product in PRODUCTS[method]}}
+            "factors": {product: factors_of(layer, product) for product in PRODUCTS[method]}}
 
 
-def kept_of(layer: AdapterLinear, product: str) -> int:
-    """Counts the columns of a product's factors that are not pruned."""
-    _, *diagonal, last = product.split()
-    number_of_each = getattr(layer, *diagonal) if diagonal else getattr(layer, last)[:, 0]
-    return int(number_of_each.count_nonzero())
+def factors_of(layer: AdapterLinear, product: str) -> dict:
+    """Tells of a product's left and right factors: columns, columns not pruned, do they train."""
+    left, *diagonal, right = (getattr(layer, name) for name in product.split())
+    of_each_column = diagonal[0] if diagonal else right[:, 0]
+    return {"columns": len(right), "kept": int(of_each_column.count_nonzero()),
+            "trained": isinstance(left, nn.Parameter)}
 
 
 def draw_shapes():
@@ -97,7 +96,7 @@ def draw_shapes():
 
 def draw_shape(axes, method: str, found: dict) -> None:
     """Draws one update: a square for dW, its factors at the left and above."""
-    fill = {"full": TRAINED, "dora": "0.92"}.get(method, "white")     # DoRA rescales rows of W0
+    fill = {"full": TRAINED, "dora": FROM_W0}.get(method, "white")    # DoRA rescales rows of W0
     block(axes, 0, 0, SIDE, SIDE, fill, edge="0.4")
     ink = "white" if method == "full" else "black"
     above, below = captions(found)
@@ -111,7 +110,7 @@ def draw_shape(axes, method: str, found: dict) -> None:
     for product, sizes in found["factors"].items():
         first, *middle, last = product.split()
         n, kept, start = sizes["columns"], sizes["kept"], -reach - GAP - sizes["columns"]
-        colour = FROM_W0 if first == "U" else TRAINED
+        colour = TRAINED if sizes["trained"] else FROM_W0
         block(axes, start, 0, kept, SIDE, colour)
         block(axes, 0, start, SIDE, kept, colour)
         if kept < n:

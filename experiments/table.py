@@ -164,8 +164,8 @@ def write_results(path: Path, found: Found, best: Found) -> None:
 def saved_sweep(found: Found, best: Found, metric: str | None = None) -> Sweep:
     """What the figures are drawn from: a method has one setting at a rank."""
     return Sweep([run for runs in found.values() for run in runs],
-                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
-                         metric_of(found, metric))
+                 {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
+                 metric_of(found, metric))
 
 
 def draw(sweep: Sweep, out: Path) -> list[str]:

@@ -29,9 +29,10 @@ def test_shapes_have_the_rank_that_each_form_allows(found):
 
 
 def test_shapes_draw_the_factors_as_wide_as_they_are(found):
-    assert found["adalora"]["factors"] == {"P lam Q": {"columns": 12, "kept": 8}}
-    assert found["dash"]["factors"] == {"B A": {"columns": 8, "kept": 8},
-                                        "U coords Vt": {"columns": 8, "kept": 8}}
+    assert found["adalora"]["factors"] == {"P lam Q": {"columns": 12, "kept": 8, "trained": True}}
+    assert found["dash"]["factors"] == {
+        "B A": {"columns": 8, "kept": 8, "trained": True},
+        "U coords Vt": {"columns": 8, "kept": 8, "trained": False}}     # W0's own
     assert [sizes["columns"] for sizes in found["dual"]["factors"].values()] == [4, 4]
 
 
