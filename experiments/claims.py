@@ -20,8 +20,9 @@ from statistics import fmean
 from textwrap import fill
 from typing import NamedTuple
 
-from experiments.analyze import FIGURES, Sweep
+from experiments.analyze import FIGURES
 from experiments.grid import Trial, parse, search_of, typed
+from experiments.learnt import Sweep
 from experiments.plots import LABELS, save_figure
 from experiments.results import difference, within_noise
 from experiments.sweep import rest_of, run

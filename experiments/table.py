@@ -3,8 +3,9 @@ import csv
 from argparse import Namespace
 from pathlib import Path
 
-from experiments import analyze
+from experiments.analyze import FIGURES
 from experiments.grid import Setting, Trial, typed
+from experiments.learnt import Lacking, Sweep
 from experiments.plots import save_figure
 from experiments.results import (AVERAGE, LOWER_IS_BETTER, SavedRun, chosen, main_metric, read_run,
                                  spread, within_noise)
@@ -160,19 +161,19 @@ def write_results(path: Path, found: Found, best: Found) -> None:
         writer.writerows(rows)
 
 
-def saved_sweep(found: Found, best: Found, metric: str | None = None) -> analyze.Sweep:
+def saved_sweep(found: Found, best: Found, metric: str | None = None) -> Sweep:
     """What the figures are drawn from: a method has one setting at a rank."""
-    return analyze.Sweep([run for runs in found.values() for run in runs],
-                         {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
-                         metric_of(found, metric))
+    return Sweep([run for runs in found.values() for run in runs],
+                 {(runs[0].args.method, runs[0].args.rank): runs for runs in best.values()},
+                 metric_of(found, metric))
 
 
-def draw(sweep: analyze.Sweep, out: Path) -> list[str]:
+def draw(sweep: Sweep, out: Path) -> list[str]:
     names = []
     for name in ("score", "rates", "loss"):
         try:
-            figure, numbers = analyze.FIGURES[name](sweep)
-        except analyze.Lacking:                 # rates, where each method had one
+            figure, numbers = FIGURES[name](sweep)
+        except Lacking:                 # rates, where each method had one
             continue
         save_figure(figure, out / f"{name}.png", numbers)
         names.append(f"{name}.png")

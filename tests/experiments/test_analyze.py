@@ -1,4 +1,4 @@
-"""What the figures measure, by hand; and that every figure is drawn from runs of a few steps."""
+"""Every figure is drawn from runs of a few steps, with numbers that are held against the runs."""
 import json
 import shutil
 from argparse import Namespace
@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 import train
 from dual_lora import sign_in_place
 from experiments import analyze
-from experiments.analyze import end_of, read_sweep, saved_at, start_of, updates
-from experiments.measures import (change_rates, direction_change, effective_rank, flipped,
-                                  indices_of, magnitude_change, normalised, null_rates,
-                                  numerical_rank, overlap, switched_off, top)
+from experiments.figures.inside import line_through, start_of
+from experiments.learnt import Lacking, end_of, read_sweep, saved_at, updates
+from experiments.measures import effective_rank
 from experiments.results import SavedRun, chosen, read_run
+from methods import METHODS
+from support.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -55,57 +56,11 @@ def figures(sweep) -> dict[str, dict]:
 
 # ---- by hand
 def test_a_line_is_of_magnitude_over_direction():
-    line = analyze.line_through([{"direction": x, "magnitude": y} for x, y in
+    line = line_through([{"direction": x, "magnitude": y} for x, y in
                                  ((0.0, 1.0), (1.0, 3.0), (2.0, 5.0))])
     assert line == pytest.approx({"slope": 2, "intercept": 1, "r": 1})
-    with pytest.raises(analyze.Lacking):
-        analyze.line_through([{"direction": 1.0, "magnitude": y} for y in (1.0, 2.0)])
-
-
-def test_change_rates_of_a_diagonal_weight_are_the_diagonal_of_the_update_over_sigma():
-    U, sigma, Vt = torch.linalg.svd(torch.diag(torch.tensor([4.0, 2.0, 1.0])))
-    dW = torch.tensor([[1.0, 9, 9], [9, -1, 9], [9, 9, 3]])
-    assert change_rates(dW, U, sigma, Vt).tolist() == [0.25, 0.5, 3.0]
-
-
-def test_null_rates_are_those_of_gaussian_updates():
-    W0 = torch.randn(30, 40, dtype=torch.float64)
-    svd = torch.linalg.svd(W0, full_matrices=False)
-    G = torch.randn(2000, 30, 40, dtype=torch.float64)
-    measured = torch.stack([change_rates(g, *svd) for g in G]).mean(0)
-    torch.testing.assert_close(null_rates(G[0], svd[1]), measured, rtol=0.1, atol=0)
-
-
-def test_ranks_by_hand():
-    assert effective_rank(torch.ones(7)) == pytest.approx(7)
-    assert effective_rank(torch.tensor([5.0, 0, 0])) == pytest.approx(1)
-    assert effective_rank(torch.tensor([2.0, 1, 1])) == pytest.approx(2 ** 1.5)     # 1.5 bits
-    assert numerical_rank(torch.tensor([100.0, 1.01, 1, 0])) == 2
-    assert effective_rank(torch.zeros(3)) == numerical_rank(torch.zeros(3)) == 0
-    assert normalised(torch.tensor([4.0, 1])).tolist() == [1, 0.25]
-    assert normalised(torch.zeros(2)).tolist() == [0, 0]
-
-
-def test_a_scaled_row_changes_magnitude_and_a_turned_row_direction():
-    W0 = torch.tensor([[3.0, 4], [1, 0]])
-    scaled, turned = W0 * torch.tensor([[2.0], [1]]), torch.tensor([[3.0, 4], [0, 1]])
-    assert magnitude_change(scaled, W0) == 2.5          # 5 and 0
-    assert direction_change(scaled, W0) == pytest.approx(0, abs=1e-6)
-    assert magnitude_change(turned, W0) == 0
-    assert direction_change(turned, W0) == pytest.approx(0.5)           # 0 and 1
-    assert direction_change(-W0, W0) == pytest.approx(2)
-
-
-def test_directions_are_told_by_their_vectors_whatever_the_sign():
-    U = torch.linalg.qr(torch.randn(6, 4))[0]
-    assert indices_of(-U[:, [3, 1]], U) == {1, 3}
-    assert top(torch.tensor([5.0, 1, 7, 6]), 2) == {2, 3}
-    assert overlap({1, 2, 3}, {3, 4}) == 0.5
-
-
-def test_shares_of_entries_by_hand():
-    assert switched_off(torch.tensor([[1.0, -1], [0, 2]])) == 0.5
-    assert flipped(torch.tensor([1.0, 0, -1, 3]), torch.tensor([-1.0, -2, 5, 1])) == 0.5
+    with pytest.raises(Lacking):
+        line_through([{"direction": 1.0, "magnitude": y} for y in (1.0, 2.0)])
 
 
 def fake_run(lr: float, seed: int, valid: float, metric: str = "new",
@@ -130,7 +85,7 @@ def test_a_model_is_its_weights_wherever_they_lie():
 
 
 def test_the_same_run_twice_is_not_two_seeds():
-    with pytest.raises(analyze.UserError, match="are the same run"):
+    with pytest.raises(UserError, match="are the same run"):
         chosen([fake_run(1e-3, 0, 0.5), fake_run(1e-3, 0, 0.5)])
 
 
@@ -165,6 +120,7 @@ def test_the_hero_picture_counts_parameters_and_rank(figures):
     assert found["lora"] == (q, 4) and found["dora"][0] == q + 128
     assert found["adalora"][0] == 6 * (128 + 1 + 128) and found["adalora"][1] <= 6
     assert found["dash"][0] == q + 8 and found["dual"][0] == q and found["dual"][1] > 64
+    assert found["full"][0] == 128 * 128 and found["full"][1] > 64
 
 
 def test_lines_stand_at_the_steps_that_were_measured(figures):
@@ -187,12 +143,24 @@ def test_score_and_rates_are_the_results_of_the_runs(sweep, figures):
 
 
 def test_rates_are_compared_on_the_seeds_that_all_of_them_have(sweep):
-    figure, rows = analyze.FIGURES["rates"](analyze.read_sweep(sweep))
+    figure, rows = analyze.FIGURES["rates"](read_sweep(sweep))
     line = next(drawn for axes in figure.axes for drawn in axes.containers
                 if drawn.get_label() == "LoRA")
     slow, fast = [row for row in rows if row["method"] == "lora"]
     assert slow["seeds"] == [0] and fast["seeds"] == [0, 1]
     assert list(line[0].get_ydata()) == [slow["scores"][0], fast["scores"][0]]
+
+
+def test_the_tradeoff_has_every_run_of_every_rate(sweep, figures):
+    rows = {(row["method"], row["lr"]): row for row in figures["tradeoff"]}
+    assert {method for method, _ in rows} == {method for method, _ in RUNS}
+    slow, fast = rows["lora", 1e-6], rows["lora", 0.0105]
+    assert slow["seeds"] == [0] and fast["seeds"] == [0, 1]
+    assert fast["chosen"] and not slow["chosen"] and rows["full", 1e-3]["chosen"]
+    after = [json.loads((sweep / f"lora-{seed}" / "result.json").read_text())["after"]
+             for seed in (0, 1)]
+    assert fast["new"] == [of_run["new"] for of_run in after] == [0.7, 0.8]
+    assert fast["kept"] == [of_run["kept"] for of_run in after]
 
 
 def test_ranks_of_the_updates_are_those_of_the_methods(sweep, figures):
@@ -273,8 +241,8 @@ def test_a_figure_that_lacks_runs_is_one_line_and_the_others_are_drawn(of_lora, 
     analyze.main([str(of_lora)])
     lines = capsys.readouterr().out.splitlines()
     drawn = {path.stem for path in (of_lora / "figures").glob("*.png")}
-    assert drawn == {"loss", "score", "spectra"} and len(lines) == len(analyze.FIGURES)
-    assert any(line.startswith("updates: needs runs of lora, dora, adalora, dash, dual")
+    assert drawn == {"loss", "score", "tradeoff", "spectra"} and len(lines) == len(analyze.FIGURES)
+    assert any(line.startswith("updates: needs runs of full, lora, dora, adalora, dash, dual")
                for line in lines)
     assert "rates: needs a method's runs with several learning rates" in lines
 
@@ -282,6 +250,12 @@ def test_a_figure_that_lacks_runs_is_one_line_and_the_others_are_drawn(of_lora, 
 def test_figures_go_where_they_are_sent(of_lora, tmp_path):
     analyze.main([str(of_lora), "--figures", "loss", "--out", str(tmp_path / "a" / "b")])
     assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == {"loss.png", "loss.json"}
+
+
+def test_a_task_that_does_not_score_what_is_kept_has_no_tradeoff(of_lora, capsys):
+    edit(of_lora / "lora-0" / "result.json", lambda result: result["after"].pop("kept"))
+    said = refused(capsys, str(of_lora), "--figures", "tradeoff", main=analyze.main)
+    assert "needs a task that scores new and kept" in said
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -307,7 +281,7 @@ def test_runs_that_cannot_be_compared_end_with_one_line(of_lora, capsys, tmp_pat
 def test_another_base_model_or_start_is_refused(of_lora, capsys):
     edit(of_lora / "lora-0" / "config.json",
          lambda config: config["adapters"].__setitem__(1, "of a GPU"))
-    with pytest.raises(analyze.Lacking, match="comes out otherwise here"):
+    with pytest.raises(Lacking, match="comes out otherwise here"):
         start_of(read_sweep(of_lora).runs[0])
     edit(of_lora / "lora-0" / "result.json", lambda result: result.update(base="another"))
     assert "not the model that" in refused(capsys, str(of_lora), main=analyze.main)
@@ -316,12 +290,12 @@ def test_another_base_model_or_start_is_refused(of_lora, capsys):
 def test_adapters_of_another_run_are_refused(sweep, of_lora):
     shutil.copy(sweep / "dash-0" / "adapter.safetensors", of_lora / "lora-0")
     run = read_run(of_lora / "lora-0")
-    with pytest.raises(analyze.UserError, match="not the adapters that the run trained"):
+    with pytest.raises(UserError, match="not the adapters that the run trained"):
         updates(run, ["layers.2.attn.q"], end_of(run))
 
 
 def test_a_method_of_one_s_own_is_drawn_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(analyze.METHODS, "mine", analyze.METHODS["lora"])
+    monkeypatch.setitem(METHODS, "mine", METHODS["lora"])
     train_one(tmp_path, "mine-0", "--method", "mine", *ADAPTERS)
     analyze.main([str(tmp_path), "--figures", "loss,score,spectra,dora"])
     spectra = json.loads((tmp_path / "figures" / "spectra.json").read_text())

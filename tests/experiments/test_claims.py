@@ -10,11 +10,11 @@ from runs import refused
 import ablate
 import train
 from experiments import claims, grid
-from experiments.analyze import read_sweep
 from experiments.claims import (CEILING, PAGES, PARTS, as_good, beyond_noise, cut, higher,
                                 of_overlap, of_places, of_scores, of_slopes, of_spectra, of_tuning,
                                 pairs, put, ranges, shown, with_scores)
 from experiments.grid import Setting
+from experiments.learnt import read_sweep
 from methods import METHODS
 
 LOW, MIDDLE, HIGH = [0.1, 0.11, 0.12], [0.5, 0.51, 0.52], [0.8, 0.81, 0.82]
