@@ -7,9 +7,10 @@ A (r1, in) and B (out, r1) say how far each weight moves. C (r2, in) and D (out,
 by a size and a sign. One thin product for each gives an update of nearly full rank.
 The start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train. All four
 matrices start Gaussian. `warmup` is 0 in the first step, which sees the pretrained model and trains
-nothing; then it lets the random update in, here over 5 steps and at 1 % of W0's size.
-The cost: as many parameters as LoRA. The update is a full matrix, so a training step takes 1.25
-times LoRA's time on a model of 25 M parameters; no such matrix is kept for backward.
+nothing. on_step then raises it to 1 over a few steps: the random update comes in, at 1 % of W0.
+The cost: as many parameters as LoRA, and 1.25 times its step on a model of 25 M parameters.
+It goes wrong without on_step, or where the random update is large beside W0 (start_size).
+The paper leaves open the start's size, the split of r and a rate for C and D: they are ours.
 """
 import math
 
@@ -24,7 +25,6 @@ from support.errors import UserError
 class Sign(torch.autograd.Function):
     """Sign, whose own gradient is 0. Straight-through passes the gradient on to x, clipped:
     dL/dx = clip(dL/dSign, -1, 1) (section 3). Where ReLU is 0, size and sign get none."""
-
     @staticmethod
     def forward(ctx, x, limit):
         ctx.limit = limit               # 1, or infinity without the clip
@@ -41,22 +41,19 @@ class DualLoRALinear(AdapterLinear):
     x (..., in) -> (..., out). By hand: A = [1, -1], B = [2; -1], C = [1, 1], D = [1; 0], scale 2.
     B A = [2, -2; -1, 1], of which ReLU leaves [2, 0; 0, 1]. D C = [1, 1; 0, 0], so Sign gives
     [1, 1; -1, -1]. The update is 2 * [2, 0; 0, -1] = [4, 0; 0, -2].
-    Raises UserError if the rank is below 2, an option is out of range, or W0 is zero (start_std).
+    Raises UserError if the rank is below 2, an option is out of range, or W0 is zero (start_size).
     """
-
     def delta_weight(self):
         magnitude = torch.relu(self.B @ self.A)                    # (out, in)
         direction = Sign.apply(self.D @ self.C, self.limit)        # (out, in)
         return self.warmup * self.scale * magnitude * direction
 
-    # The paper leaves open how r is split, the size of the start, and a rate for C and D.
     options = {
         "r1": (None, "rank of the magnitude B A (half of --rank)", int),
         "r2": (None, "rank of the direction D C (half of --rank)", int),
         "update_warmup": (5, "steps over which the update grows from 0 to its full size"),
         "init_share": (0.01, "rms of the untrained update at full warm-up over that of W0"),
-        "init_std": (None, "standard deviation of A, B, C, D at the start (from --init-share)",
-                     float),
+        "init_std": (None, "deviation of A, B, C, D at the start (from --init-share)", float),
         "clip": (True, "clip the gradient through Sign at 1"),
         "direction_lr": (0.3, "learning rate of C and D over that of A and B"),
     }
@@ -71,10 +68,9 @@ class DualLoRALinear(AdapterLinear):
         self.B = nn.Parameter(self.empty(base.out_features, self.r1))
         self.C = nn.Parameter(self.empty(self.r2, base.in_features))
         self.D = nn.Parameter(self.empty(base.out_features, self.r2))
-        self.std = self.start_std()
-        if self.std is not None:
-            for matrix in (self.A, self.B, self.C, self.D):
-                nn.init.normal_(matrix, std=self.std)
+        self.std, self.start_share = self.start_size()
+        for matrix in (self.A, self.B, self.C, self.D):
+            nn.init.normal_(matrix, std=self.std)
         self.register_buffer("warmup", self.empty().fill_(float(self.update_warmup == 0)))
         self.last_cold = None           # see refuse_a_second_cold_step
 
@@ -90,64 +86,66 @@ class DualLoRALinear(AdapterLinear):
         check_whole("r2", self.r2, 1, largest)
         check_whole("update_warmup", self.update_warmup, 0)
         for name in ("init_share", "init_std", "direction_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise UserError(f"{name} must be above 0 and finite, not {value}")
 
-    def start_std(self) -> float | None:
-        """The standard deviation of A, B, C and D at the start; None on torch's meta device.
+    def start_size(self) -> tuple[float, float]:
+        """The deviation of A, B, C and D at the start, and rms(dW) / rms(W0) at full warm-up.
 
         An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its
         square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
         """
         if self.W0.is_meta:
-            return None
+            return 1.0, 0.0                                 # no numbers, no size
+        norm = torch.linalg.vector_norm(self.W0, dtype=self.A.dtype)
+        size = (norm / math.sqrt(self.W0.numel())).item()   # rms(W0)
         if self.init_std is not None:
-            return self.init_std
-        size = rms(self.W0)
+            dW = self.scale * math.sqrt(self.r1 / 2) * self.init_std ** 2
+            return self.init_std, dW / size if size else math.inf
         if not 0 < size < math.inf:
-            raise UserError(f"W0 has the size {size}, of which dW cannot start as a share: give "
-                            "init_std")
-        return math.sqrt(self.init_share * math.sqrt(2) * size / (self.scale * math.sqrt(self.r1)))
-
-    def start_share(self) -> float:
-        """||dW|| / ||W0|| to be expected of an untrained update whose warm-up is over."""
-        size = rms(self.W0)
-        return self.scale * math.sqrt(self.r1 / 2) * self.std ** 2 / size if size else math.inf
+            raise UserError(f"W0 has the size {size:g}: dW cannot be a share of it, give init_std")
+        std = math.sqrt(self.init_share * math.sqrt(2) * size / (self.scale * math.sqrt(self.r1)))
+        return std, self.init_share
 
     def forward(self, x):
         if self.warmup == 0 and torch.is_grad_enabled():
             self.refuse_a_second_cold_step()
         if self.training and self.dropout.p > 0:
             return super().forward(x)       # which builds the whole dW, and again in backward
-        if torch.compiler.is_compiling():   # it would have to undo the blocks' writes in place
-            return torch.compiler.disable(block_product)(self, x)
-        return block_product(self, x)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        product = BlockProduct.apply        # the same, without holding dW
+        if torch.compiler.is_compiling():   # it would have to undo the writes in place
+            product = torch.compiler.disable(product)
+        y = product(x.reshape(-1, x.shape[-1]), self.A, self.B, self.C, self.D, self,
+                    float(self.warmup) * self.scale)
+        return y.reshape(*x.shape[:-1], len(self.B))               # (..., out)
 
     def refuse_a_second_cold_step(self) -> None:
-        """Raises UserError in a loop that never calls on_step: at warm-up 0 all gradients are 0.
+        """Raises UserError if A has changed since the last forward and warmup is still at 0.
 
-        Compares torch's counters of changes in place with the last forward's: A has changed,
-        `warmup` has not. An optimizer step counts as a change of A even at gradient 0. A fused
-        optimizer does not count its changes and goes unseen.
+        torch counts a tensor's changes in place, but not those that a fused optimizer makes.
         """
-        changes = id(self.A), self.A._version, self.warmup._version
-        last, self.last_cold = self.last_cold or changes, changes
-        if (last[0], last[2]) == (changes[0], changes[2]) and last[1] != changes[1]:
+        now = id(self.A), self.warmup._version, self.A._version
+        last, self.last_cold = self.last_cold or now, now
+        if last[:2] == now[:2] and last[2] != now[2]:
             raise UserError("Dual LoRA's A has changed while its warm-up stayed at 0: call on_step "
                             "after every optimizer.step(), or inject with update_warmup=0")
 
     def lr_factor(self, name: str) -> float:
         return self.direction_lr if name in ("C", "D") else 1.0
 
+    def warmup_steps(self, total_steps: int) -> int:
+        """update_warmup, or a quarter of a run too short for that."""
+        return min(self.update_warmup, max(1, total_steps // 4))
+
     @classmethod
     def start(cls, layers, total_steps: int) -> str:
-        longest = max(layer.update_warmup for layer in layers)
-        if total_steps < 2 and longest > 0:
-            raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: it needs "
-                            "at least 2 steps, or update_warmup 0")
-        length = warmup_length(total_steps, longest)
-        share = max((layer.start_share() for layer in layers if layer.std is not None), default=0)
+        length = max(layer.warmup_steps(total_steps) for layer in layers)
+        share = max(layer.start_share for layer in layers)
+        if total_steps < 2 and length > 0:
+            raise UserError("Dual LoRA's first step trains nothing, at warm-up 0: it needs at least "
+                            "2 steps, or update_warmup 0")
         return (f"the update warms up from 0 to 1 over {length} steps; " * (length > 0)
                 + f"untrained it is at most {100 * share:.3g} % of a layer's weights"
                 + "; warning: above 20 % it damages what the model knows" * (share > 0.2))
@@ -155,23 +153,7 @@ class DualLoRALinear(AdapterLinear):
     @classmethod
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         for layer in layers:
-            layer.warmup.fill_(warmup_after(step, total_steps, layer.update_warmup))
-
-
-def warmup_length(total_steps: int, update_warmup: int) -> int:
-    """update_warmup, or a quarter of a run too short for that."""
-    return min(update_warmup, max(1, total_steps // 4))
-
-
-def warmup_after(step: int, total_steps: int, update_warmup: int) -> float:
-    """The share of the update in use after optimizer step `step` (0 for the first): 0 to 1."""
-    return min(1.0, (step + 1) / max(1, warmup_length(total_steps, update_warmup)))
-
-
-def rms(W) -> float:
-    """The root of the mean square of a matrix's entries, summed in float32 or better."""
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    return (torch.linalg.vector_norm(W, dtype=dtype) / math.sqrt(W.numel())).item()
+            layer.warmup.fill_(min(1.0, (step + 1) / max(1, layer.warmup_steps(total_steps))))
 
 
 def sign_in_place(x):
@@ -180,23 +162,12 @@ def sign_in_place(x):
 
 
 # ---- The same product, without holding dW. Skip it at a first reading.
-def block_product(layer: DualLoRALinear, x):
-    """x W'^T + bias: (..., in) -> (..., out)."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    y = BlockProduct.apply(x.reshape(-1, x.shape[-1]), layer.A, layer.B, layer.C, layer.D, layer,
-                           float(layer.warmup) * layer.scale)
-    return y.reshape(*x.shape[:-1], len(layer.B))
-
-
 class BlockProduct(torch.autograd.Function):
     """x W'^T + bias: (tokens, in) -> (tokens, out), without ever holding an out x in update.
 
     Plain autograd through delta_weight() keeps about five such matrices for backward. This keeps
-    x and the four thin ones, and builds W' again block by block. Autocast leaves products that are
-    in place or have out= as they are: a block is float32 until it is complete, and cast once.
+    x and the thin ones, and builds W' again block by block, in float32 under autocast, too.
     """
-
     @staticmethod
     def forward(ctx, x, A, B, C, D, layer, scale):       # the warm-up is a factor of this scale
         ctx.save_for_backward(x, A, B, C, D)
@@ -204,28 +175,26 @@ class BlockProduct(torch.autograd.Function):
         if scale == 0:   # blocks might round differently: this is the pretrained layer to the bit
             return F.linear(x, layer.W0.to(x.dtype), None if bias is None else bias.to(x.dtype))
         y = x.new_empty(len(x), len(B))
-        for rows, M, S in blocks(A, B, C, D):
-            update = torch.mul(M, S, out=S)
-            W = torch.add(layer.rows(rows), update, alpha=scale, out=update)
+        for rows, M, S, _ in blocks(A, B, C, D):
+            W = torch.add(layer.rows(rows), S.mul_(M), alpha=scale, out=M)
             torch.mm(x, W.to(x.dtype).t(), out=y[:, rows])
         return y if bias is None else y.add_(bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, A, B, C, D = ctx.saved_tensors
-        layer, scale = ctx.layer, ctx.scale
+        (x, A, B, C, D), layer, scale = ctx.saved_tensors, ctx.layer, ctx.scale
         limit = layer.limit / scale if scale else math.inf
-        dx = torch.empty_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
+        dx = torch.zeros_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
         dA, dB, dC, dD = (torch.zeros_like(matrix) for matrix in (A, B, C, D))
-        for rows, M, S, buffer in blocks(A, B, C, D, spare=1):
+        for rows, M, S, buffer in blocks(A, B, C, D):
             g = grad[:, rows]                                             # (tokens, n)
             if dx is not None:
                 update = torch.mul(M, S, out=buffer)
-                W = torch.add(layer.rows(rows), update, alpha=scale, out=update)
-                add_product(dx, g, W.to(x.dtype), first=rows.start == 0)
-            dW = buffer                                                   # dL/dW', (n, in)
-            add_product(dW, g.t(), x, first=True)
+                W = torch.add(layer.rows(rows), update, alpha=scale, out=buffer)
+                add_product(dx, g, W.to(x.dtype))
+            dW = buffer.zero_()
+            add_product(dW, g.t(), x)                                     # dL/dW', (n, in)
             # `scale` waits for the thin results: clip(scale v, -+1) = scale clip(v, -+1/scale).
             dM = S.mul_(dW)
             dDC = dW.mul_(M).clamp_(-limit, limit)                        # through Sign
@@ -234,31 +203,27 @@ class BlockProduct(torch.autograd.Function):
             dA.addmm_(B[rows].t(), dBA)
             torch.mm(dDC, C.t(), out=dD[rows])
             torch.mm(dBA, A.t(), out=dB[rows])
-        dx = dx if dx is None else dx.to(x.dtype)
-        return dx, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None
+        return dx, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None     # dx is cast to x's
 
 
-def blocks(A, B, C, D, spare=0):
-    """Walks down the rows of dW: yields (rows, M, S, and `spare` buffers), each (n, in).
+def blocks(A, B, C, D):
+    """Walks down dW: yields rows, M = ReLU(B A), S = Sign(D C), free memory; all three (n, in).
 
-    M = ReLU(B A), S = Sign(D C). The next block gets the same memory again: fresh memory costs
-    more than the arithmetic. Large blocks suit the matrix products, small ones the cache.
+    The next block gets the same memory again: fresh memory costs more than the arithmetic.
     """
-    size = min(max(256, len(B) // 2), 1024, len(B))
-    buffers = [A.new_empty(size, A.shape[1]) for _ in range(2 + spare)]
+    size = min(max(256, len(B) // 2), 1024, len(B))     # large for products, small for the cache
+    buffers = [A.new_empty(size, A.shape[1]) for _ in range(3)]
     for i in range(0, len(B), size):
         rows = slice(i, i + size)
-        M, S, *rest = (buffer[:len(B) - i] for buffer in buffers)
+        M, S, free = (buffer[:len(B) - i] for buffer in buffers)
         torch.mm(B[rows], A, out=M).relu_()
         sign_in_place(torch.mm(D[rows], C, out=S))
-        yield rows, M, S, *rest
+        yield rows, M, S, free
 
 
-def add_product(total, a, b, first):
-    """total = a @ b if first, else total + a @ b, summed in total's dtype."""
+def add_product(total, a, b):
+    """total + a @ b in place of total, summed in its dtype."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0 if first else 1)   # beta=0 ignores what total held
-    elif first:
-        total.copy_(a @ b)
+        total.addmm_(a, b)
     else:
         total += a @ b

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data.scoring import score_targets
 from data.task import Sequence
-from dual_lora import DualLoRALinear, warmup_after
+from dual_lora import DualLoRALinear
 from formats.checkpoint import load_pretrained
 from generate import generate
 from lora import AdapterLinear
@@ -198,9 +198,15 @@ def test_no_temporary_is_as_large_as_the_weight():
 
 
 def test_the_warm_up_is_a_line_that_a_short_run_shortens():
-    assert [warmup_after(step, 100, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert [warmup_after(step, 12, 20) for step in range(4)] == [1 / 3, 2 / 3, 1, 1]
-    assert warmup_after(0, 1, 20) == warmup_after(0, 100, 0) == 1
+    assert [warm_up(step, 100, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [warm_up(step, 12, 20) for step in range(4)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert warm_up(0, 1, 20) == warm_up(0, 100, 0) == 1
+
+
+def warm_up(step, total_steps, update_warmup):
+    layer = dual(6, 5, update_warmup=update_warmup)
+    DualLoRALinear.on_step([layer], step, total_steps)
+    return layer.warmup.item()
 
 
 def test_on_step_raises_every_layer():
@@ -265,14 +271,14 @@ def test_the_untrained_update_is_the_asked_share_of_the_weight(width, rank, spli
         layer = DualLoRALinear(base, rank, 2 * rank, update_warmup=0, init_share=0.03, **split)
         shares.append((layer.delta_weight().norm() / base.weight.float().norm()).item())
     assert fmean(shares) == pytest.approx(0.03, rel=0.05)
-    assert layer.start_share() == pytest.approx(0.03)
+    assert layer.start_share == pytest.approx(0.03)
 
 
 def test_an_explicit_std_overrides_the_share_and_the_header_warns_of_a_large_start():
     layer = dual(64, 64, rank=8, init_std=0.3, init_share=0.01)
     assert layer.std == 0.3
     measured = (layer.delta_weight().norm() / layer.base.weight.norm()).item()
-    assert layer.start_share() == pytest.approx(measured, rel=0.3) and measured > 0.2
+    assert layer.start_share == pytest.approx(measured, rel=0.3) and measured > 0.2
     small = dual(64, 64, init_std=None, init_share=0.02, update_warmup=3)
     assert DualLoRALinear.start([small], 100) == ("the update warms up from 0 to 1 over 3 steps; "
                                                  "untrained it is at most 2 % of a layer's weights")
@@ -341,7 +347,7 @@ def test_all_four_start_gaussian_and_on_the_base_s_device():
     assert all(p.std().item() == pytest.approx(0.06, rel=0.1) for p in parameters(layer))
     meta = DualLoRALinear(nn.Linear(40, 30, device="meta"), 4, 8)
     assert all(t.is_meta for t in (*parameters(meta), meta.warmup, meta.merged_weight()))
-    assert meta.std is None
+    assert meta.start_share == 0
 
 
 def test_the_update_has_a_far_higher_rank_than_lora_s():
