@@ -36,7 +36,8 @@ from experiments.measures import (change_rates, direction_change, effective_rank
                                   indices_of, magnitude_change, normalised, null_rates,
                                   numerical_rank, overlap, switched_off, top)
 from experiments.plots import COLOURS, LABELS, line_of, plt, save_figure
-from experiments.results import SavedRun, chosen, main_metric, on_validation, read_runs, spread
+from experiments.results import (SavedRun, chosen, main_metric, mean_and_interval, on_validation,
+                                 read_runs)
 from formats.checkpoint import load_pretrained
 from lora_dash import last_prelaunch_step
 from methods import METHODS, adapters, merge, state
@@ -372,7 +373,7 @@ def draw_score(sweep: Sweep):
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for row in rows:
-        row["mean"], row["sd"], row["t_interval"] = spread(row["scores"])
+        row["mean"], row["sd"], row["t_interval"] = mean_and_interval(row["scores"])
     for method in methods:
         line = [row for row in rows if row["method"] == method]
         axes.errorbar([place(row) for row in line], [row["mean"] for row in line],
