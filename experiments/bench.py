@@ -41,8 +41,9 @@ from experiments.contenders import (AUTOGRAD_DUALS, OURS, RANK, TARGETS, llama, 
 from experiments.growth import draw_growth, measure_growth
 from experiments.profiling import (flops, kept_for_backward, median_and_spread, megabytes,
                                    peak_resident_bytes, print_table, race, timed)
-from experiments.references import (PEFT, VERSIONS, adapted_by_peft, generation_of_transformers,
-                                    load_in_transformers, model_of_peft)
+from experiments.references import (INSTALLED, PEFT, VERSIONS, adapted_by_peft,
+                                    generation_of_transformers, load_in_transformers,
+                                    model_of_peft)
 from formats.checkpoint import load_pretrained, open_model, save_pretrained
 from generate import generate
 from lora import AdapterLinear
@@ -181,7 +182,7 @@ def generate_part(args: Namespace) -> list[dict]:
             prompts = torch.randint(3, 900, (batch, 32), device=args.device)
             contenders = {"ours": [lambda: generate(model, prompts.tolist(), 64, eos=[])],
                           "the floor": [products_of_generation(model, batch)]}
-            if PEFT:
+            if INSTALLED:
                 contenders["transformers"] = [generation_of_transformers(model, prompts, 64)]
             for name, rows in race(contenders, 5, args.device).items():
                 seconds, spread = median_and_spread([row[0] for row in rows])
@@ -232,7 +233,7 @@ def load_part(args: Namespace) -> list[dict]:
         size = file.stat().st_size
         contenders = {"load_pretrained": lambda: read(load_pretrained(folder)[0].parameters()),
                       "safetensors' load_file": lambda: read(load_file(file).values())}
-        if PEFT:
+        if INSTALLED:
             contenders["transformers"] = lambda: read(load_in_transformers(folder).parameters())
         times = race({name: [call] for name, call in contenders.items()}, 5, "cpu")
         peaks = {name: peak_resident_bytes(call) for name, call in contenders.items()}

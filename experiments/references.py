@@ -1,6 +1,11 @@
-"""Makes what the bench compares with: peft's adapters, and transformers' model of our weights."""
+"""Makes what the bench compares with: peft's adapters, and transformers' model of our weights.
+
+Both packages are optional and take seconds to import, so that happens at their first use.
+"""
 import tempfile
 import warnings
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Callable
 
 import torch
@@ -11,20 +16,15 @@ from experiments.contenders import RANK, Contender
 from formats.checkpoint import save_pretrained
 from model import Transformer
 
-try:
-    import peft
-    import transformers
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", module="transformers")
-    PEFT = ["peft lora", "peft dora", "peft adalora"]
-    VERSIONS = {"peft": peft.__version__, "transformers": transformers.__version__}
-except ImportError:             # the bench goes on without them
-    PEFT, VERSIONS = [], {"peft": None, "transformers": None}
+PACKAGES = ("peft", "transformers")
+INSTALLED = all(find_spec(name) for name in PACKAGES)
+VERSIONS = {name: version(name) if INSTALLED else None for name in PACKAGES}
+PEFT = ["peft lora", "peft dora", "peft adalora"] if INSTALLED else []
 
 
 def adapted_by_peft(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -> nn.Module:
     """Adapts a model with peft's LoRA, DoRA or AdaLoRA."""
+    import peft
     common = dict(target_modules=targets, lora_alpha=2 * rank)
     if name == "peft adalora":
         config = peft.AdaLoraConfig(init_r=costs.start_rank(rank), target_r=rank, total_step=1000,
@@ -55,6 +55,10 @@ def in_transformers(model: Transformer) -> nn.Module:
 
 
 def load_in_transformers(folder: str, **options) -> nn.Module:
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
 
 

@@ -60,6 +60,7 @@ def test_a_model(name, targets, small, monkeypatch):
     assert count == costs.trainable(small.config, name, on, RANK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_the_memory_of_a_model_in_bf16(name, checkpointing, monkeypatch):
