@@ -118,18 +118,18 @@ def require_finished(part: str, trials: list[Trial]) -> None:
                          f"{part}")
 
 
-def read_plain() -> tuple[Found, Found]:
-    """Reads the part `plain` of each method that has finished it, and names the others."""
-    found, best = {}, {}
+def read_plain() -> tuple[Found, Found, list[str]]:
+    """Reads the part `plain` of each method that has it, and lists what the others lack."""
+    found, best, lacking = {}, {}, []
     for method in METHODS:
         try:
             of_method = read_part(f"plain --methods {method}", [plain([method])])
         except Unfinished as error:
-            print(error)
+            lacking.append(str(error))
             continue
         found |= of_method[0]
         best |= of_method[1]
-    return found, best
+    return found, best, lacking
 
 
 # ---- writing
@@ -138,7 +138,7 @@ def summarise(part: str) -> None:
 
     The sweeps of a part share a folder, and each has left there what it made alone.
     """
-    found, best = read_plain() if part == "plain" else read_part(part)
+    found, best, *_ = read_plain() if part == "plain" else read_part(part)
     out = Path(RUNS, part)
     with atomic_write(out / "table.md") as path:
         path.write_text(table_of_part(found, best), encoding="utf-8")
@@ -153,16 +153,17 @@ def write_pages() -> None:
     """
     for name in PAGES:
         split_page(name)
+    _, best, lacking = read_plain()
+    tables = {"methods": table_of_methods(split_page("methods")[1], {
+        setting.method: runs for setting, runs in best.items()})}
     parts = {}
-    for part in PARTS:
+    for part in [part for part in PARTS if part != "plain"]:
         try:
-            parts[part] = read_plain() if part == "plain" else read_part(part)
+            parts[part] = read_part(part)
         except Unfinished as error:
-            print(error)
-    tables = {}
-    found, best = parts.pop("plain", ({}, {}))
-    tables["methods"] = table_of_methods(split_page("methods")[1], {
-        setting.method: runs for setting, runs in best.items()})
+            lacking.append(str(error))
+    for line in lacking:
+        print(line)
     if "choices" in parts:
         found, best = parts.pop("choices")
         tables["choices"] = markdown(
