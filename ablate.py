@@ -1,4 +1,4 @@
-"""A grid of runs and what came out: methods x ranks x learning rates x seeds, and any other flag.
+"""Runs a grid and compares: methods x ranks x learning rates x seeds, and any other flag.
 
     python ablate.py --methods lora,dora,adalora,dash,dual,full --ranks 2,8 --seeds 0,1,2
     python ablate.py --methods lora,dual --task mini --lrs 5e-3,1e-2 --seeds 0,1,2 --search-seeds 0
@@ -7,25 +7,26 @@
     python ablate.py --methods lora,dual --list > commands
     parallel -j 4 < commands                        or xargs -d '\\n' -P 4 -I {} sh -c {} < commands
     sh -c "$(sed -n ${SLURM_ARRAY_TASK_ID}p commands)"          in a Slurm array
-Any flag of train.py that is not varied is passed on to every run. Each run has a folder of its own
-under --out. The sweep can be given again at any time, after kill -9 too: what is finished is
-skipped, what was stopped goes on. --list prints the commands instead of running them, one a line,
-for several processes or machines that share a folder; those of seeds that the search leaves out
-come once it is done. What the first run refuses ends the sweep, with status 2; of a later one that
-fails the line is told, the others go on, and the status is 1.
+Each run gets every flag of train.py that is not varied, and a folder of its own under --out. The
+same command can be given again at any time, after kill -9 too: it skips finished runs and goes on
+with stopped ones. Two sweeps may share a folder; a run that the other one has in hand fails here.
+--list prints the commands, one a line, instead of running them. Several processes or machines can
+then share a folder. The seeds beside --search-seeds are listed once the search is done.
+If the first run is refused, the sweep ends with status 2. If a later run fails, its last line is
+printed, the others go on, and the status is 1.
 
-A method's learning rate, for each rank and setting, is the best of --lrs on validation, on average
-over seeds; the test scores are only reported. Into --out go table.md, results.csv (a line a run),
-without --vary score.png, rates.png and loss.png with their numbers, and logs/ with what the runs
-printed.
+A method's learning rate, for each rank and setting, is the best of --lrs on validation, averaged
+over seeds. Test scores choose nothing. The folder --out gets table.md, results.csv with a line for
+each run, and logs/ with what the runs printed. Without --vary it also gets score.png, rates.png and
+loss.png with their numbers.
 """
-from experiments.sweep import run
+from experiments.sweep import run_sweep
 from support.errors import exit_on_user_error
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    run(argv, __doc__)
+    run_sweep(argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,8 @@ def _names(names: Iterable[str]) -> list[str]:
     return sorted({names} if isinstance(names, str) else set(names))
 
 
-def _ends(path: str, names: Iterable[str]) -> bool:
-    """Says whether one of the names is the path or its last parts."""
+def ends_in(path: str, names: Iterable[str]) -> bool:
+    """Says whether one of the names is the path or the end of it, cut at a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -138,23 +138,23 @@ def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
     """The nn.Linear modules that one of `targets` names -> their paths, the first of each."""
     linear = {path: module for path, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, nn.Linear)}
-    missing = [name for name in targets if not any(_ends(path, [name]) for path in linear)]
+    missing = [name for name in targets if not any(ends_in(path, [name]) for path in linear)]
     if missing or not targets:
         names = sorted({path.rpartition(".")[2] for path in linear} - {""})
         raise UserError(f"no nn.Linear is named {', '.join(missing) or '(nothing)'}: "
                         f"the model's are {', '.join(names) or 'none'}")
     found = {}
     for path, module in linear.items():
-        if _ends(path, targets):
+        if ends_in(path, targets):
             found.setdefault(module, path)
     return found
 
 
 def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
     """The modules that one of `names` names; none may hold an adapter."""
-    found = {path: module for path, module in model.named_modules() if path and _ends(path, names)}
+    found = {path: module for path, module in model.named_modules() if path and ends_in(path, names)}
     for name in names:
-        if not any(_ends(path, [name]) for path in found):
+        if not any(ends_in(path, [name]) for path in found):
             raise UserError(f"whole: no module is named {name}")
     for path in found:
         if inside := [other for other in adapted if f"{other}.".startswith(f"{path}.")]:
@@ -236,7 +236,7 @@ def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Path -> module that trains as it is, beside the adapters."""
     names = model.injected.get("whole", ())
     return {path: module for path, module in model.named_modules()
-            if path and _ends(path, names)}
+            if path and ends_in(path, names)}
 
 
 def count(model: nn.Module) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The runs of a sweep: from its flags to the commands of train.py."""
+"""Makes the runs of a sweep: from its flags to the commands of train.py."""
 from argparse import Namespace
 from collections import Counter
 from itertools import product
@@ -14,18 +14,21 @@ from support.run import saved_flags, visible
 
 VARIED = {"method": "methods", "rank": "ranks", "lr": "lrs", "seed": "seeds"}
 WHOLE = {"ranks": int, "seeds": int, "search_seeds": int}
-FIXED = ("out", "overwrite", "resume", "from_peft", "epochs", "task")        # not to be varied
+FIXED = ("out", "overwrite", "resume", "from_peft", "epochs", "task")     # --vary refuses these
 
 
 class Setting(NamedTuple):
-    """What a row of the table is about; None: the method has no rank, or does not use the flag."""
+    """Names what a row of the table is about.
+
+    A rank or a value is None where the method has no rank or does not use the flag.
+    """
     method: str
     rank: str | None
     varied: tuple[tuple[str, str | None], ...]      # (flag's name, value)
 
 
 class Trial(NamedTuple):
-    """A run that is to be."""
+    """Describes a run that the sweep needs."""
     setting: Setting
     lr: str
     seed: str
@@ -33,37 +36,40 @@ class Trial(NamedTuple):
     flags: list[str]            # for train.py
 
 
-def parse(argv: list[str] | None, doc: str = "") -> tuple[Namespace, list[str]]:
-    """-> our flags, and those for train.py."""
+def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
+    """Reads the flags of a sweep; `passed_on` holds those that every run gets.
+
+    Raises UserError if a flag is wrong, before any run is made.
+    """
     parser = Parser(doc)
-    parser.add_argument("--methods", required=True, help=f"comma-separated: {', '.join(METHODS)}")
-    parser.add_argument("--ranks", help="budgets (8); full has none")
+    parser.add_argument("--methods", required=True, help=f"methods to run: {', '.join(METHODS)}")
+    parser.add_argument("--ranks", help="ranks, which are budgets of parameters (8); full has none")
     parser.add_argument("--lrs", default="x0.5,x1,x2",
-                        help="learning rates; x2 is twice the method's own (x0.5,x1,x2)")
-    parser.add_argument("--seeds", default="0", help="(0)")
-    parser.add_argument("--search-seeds", help="of these, the ones that every learning rate runs "
-                        "with; the others run with the chosen rate alone (all)")
+                        help="learning rates to try; x2 is twice the method's own (x0.5,x1,x2)")
+    parser.add_argument("--seeds", default="0", help="seeds to run (0)")
+    parser.add_argument("--search-seeds", help="seeds of --seeds that choose the learning rate; "
+                        "the other seeds run with the chosen rate alone (all)")
     parser.add_argument("--vary", action="append", default=[], metavar="FLAG=A,B",
-                        help="another flag of train.py, and its values; yes and no for a switch")
-    parser.add_argument("--one-at-a-time", action="store_true", help="the defaults, and each value "
-                        "of --vary with all else at its default, instead of every combination")
-    parser.add_argument("--metric", help="to choose and compare by (the task's main one)")
+                        help="vary another flag of train.py; a switch takes yes and no")
+    parser.add_argument("--one-at-a-time", action="store_true", help="run each value of --vary "
+                        "with all else at its default, not every combination")
+    parser.add_argument("--metric", help="metric to choose and compare by (the task's main one)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (1)")
-    parser.add_argument("--out", default="runs/sweep", help="the folder of all runs (runs/sweep)")
+    parser.add_argument("--out", default="runs/sweep", help="folder of all runs (runs/sweep)")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
-    args, rest = parser.parse_known_args(argv)
-    given = train_flags.parse(rest)
+    args, args.passed_on = parser.parse_known_args(argv)
+    given = train_flags.parse(args.passed_on)
     for name in ("overwrite", "resume", "from_peft"):
-        if getattr(given, name):
+        if name in given.given:
             raise UserError(f"{flag(name)}: not in a sweep")
     for name, plural in VARIED.items():
-        if getattr(given, name) is not None:
+        if name in given.given:
             raise UserError(f"--{name}: give --{plural}, comma-separated")
-    args.model = given.model or str(train_flags.BASE)
+    args.model, args.task = given.model, given.task
     args.vary = [varied(text, given) for text in args.vary]
     for name, times in Counter(name for name, _ in args.vary).items():
         if times > 1:
-            raise UserError(f"--vary {name}: given twice; its values are comma-separated")
+            raise UserError(f"--vary {name}: is given twice; its values are comma-separated")
     args.search_seeds = args.search_seeds or args.seeds
     for name in (*VARIED.values(), "search_seeds"):
         if getattr(args, name) is not None:
@@ -81,11 +87,11 @@ def parse(argv: list[str] | None, doc: str = "") -> tuple[Namespace, list[str]]:
         raise UserError("--out: is empty")
     if args.jobs < 1:
         raise UserError(f"--jobs {args.jobs}: must be at least 1")
-    return args, rest
+    return args
 
 
 def values(name: str, text: str, kind: type = str) -> list[str]:
-    """The values of a comma-separated list, each once: 0,00 is one seed."""
+    """Splits a comma-separated list into its values, each once: 0,00 is one seed."""
     found = [value.strip() for value in text.split(",")]
     if "" in found:
         raise UserError(f"{name} {text}: a value is missing")
@@ -96,19 +102,22 @@ def values(name: str, text: str, kind: type = str) -> list[str]:
 
 
 def varied(text: str, given: Namespace) -> tuple[str, list[str]]:
-    """init-std=0.03,0.06 -> init_std, [0.03, 0.06]"""
+    """Splits --vary: init-std=0.03,0.06 -> init_std, [0.03, 0.06]."""
     name, _, listed = text.partition("=")
     name = name.replace("-", "_")
-    known = vars(given).keys() - set(VARIED) - set(FIXED)
+    known = vars(given).keys() - {"given", *VARIED, *FIXED}
     if name not in known:
         raise UserError(f"--vary {text}: train.py has no such flag to vary" + nearest(name, known))
-    if getattr(given, name) is not None:
+    if name in given.given:
         raise UserError(f"--vary {text}: {flag(name)} is given for all runs, too")
     return name, values(f"--vary {name}", listed)
 
 
 def settings(args: Namespace) -> list[Setting]:
-    """Each combination once: a flag that a method does not use does not multiply its runs."""
+    """Lists each combination of method, rank and varied flags once.
+
+    A flag that a method does not use adds no combination for it.
+    """
     combinations = list(product(*(listed for _, listed in args.vary)))
     if args.one_at_a_time:
         default = [None] * len(args.vary)
@@ -124,7 +133,7 @@ def settings(args: Namespace) -> list[Setting]:
 
 
 def rates(method: str, model: str, lrs: list[str]) -> list[str]:
-    """The learning rates with each xN made N times the method's own on that model."""
+    """Turns each xN into N times the method's own learning rate on that model."""
     own, found = train_flags.default_lr(method, model), {}
     for lr in lrs:
         try:
@@ -136,13 +145,16 @@ def rates(method: str, model: str, lrs: list[str]) -> list[str]:
 
 
 def typed(name: str, value: str) -> str:
-    """As train.py takes it: --alpha=32, and for a switch --no-clip or --norm-gradient."""
+    """Writes a flag as train.py takes it: --alpha=32, --no-clip, --norm-gradient."""
     return {"yes": flag(name), "no": flag(f"no_{name}")}.get(value, f"{flag(name)}={value}")
 
 
-def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]) -> Trial:
-    """UserError: what train.py refuses before it loads model and data; a run in the folder that
-    has other flags, or is finished and damaged."""
+def trial(setting: Setting, lr: str, seed: str, args: Namespace) -> Trial:
+    """Makes a run's folder and flags, and looks at what the folder already holds.
+
+    Raises UserError if train.py would refuse the flags before it loads model and data, if the run
+    in the folder has other flags, or if its result is damaged.
+    """
     own = {"method": setting.method, "rank": setting.rank, "lr": lr, "seed": seed}
     flags = [part for name, value in own.items() if value is not None
              for part in (f"--{name}", value)]
@@ -151,22 +163,20 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace, rest: list[str]
         if value is not None:
             flags.append(typed(name, value))
             marks.append(f"{name}{value}")
-    task = train_flags.parse(rest).task or "facts"
-    name = "-".join([task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
+    name = "-".join([args.task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
     folder = Path(args.out, name)
-    flags += [*rest, "--out", str(folder), "--resume"]
+    flags += [*args.passed_on, "--out", str(folder), "--resume"]
     given = train_flags.parse(flags)
     train_flags.check(given)
     if visible(folder):
         saved_flags(given)
         read_run(folder)
-    train_flags.resolve(given)
     return Trial(setting, lr, seed, folder, flags)
 
 
-def search_of(args: Namespace, rest: list[str]) -> list[Trial]:
-    """Every learning rate of every setting, with the search's seeds."""
-    return [trial(setting, lr, seed, args, rest) for setting in settings(args)
+def search_of(args: Namespace) -> list[Trial]:
+    """Lists the runs of every setting with every learning rate and the search's seeds."""
+    return [trial(setting, lr, seed, args) for setting in settings(args)
             for lr in rates(setting.method, dict(setting.varied).get("model") or args.model,
                             args.lrs)
             for seed in args.search_seeds]

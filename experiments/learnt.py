@@ -17,9 +17,9 @@ from torch import nn
 from data import OPTIONS
 from experiments.results import SavedRun, chosen, main_metric, read_runs
 from formats.checkpoint import load_pretrained
-from methods import METHODS, merge
+from methods import METHODS, ends_in, merge
 from support.errors import UserError
-from support.flags import ADAPTER_FLAGS
+from support.flags import TARGETS
 from support.parser import flag
 from support.run import fingerprint, load_adapters, snapshots, weights_dtype
 
@@ -84,11 +84,10 @@ class Sweep:
     @property
     def layers(self) -> list[str]:
         """Lists the paths of the layers that all runs adapt. In full's runs the same ones count."""
-        targets = ({run.args.targets for run in self.runs if run.args.targets}
-                   or {ADAPTER_FLAGS["targets"]})
+        targets = {run.args.targets for run in self.runs if run.args.targets} or {TARGETS}
         return [path for path, module in pretrained(self.runs[0]).named_modules()
                 if isinstance(module, nn.Linear) and all(
-                    {path, path.rpartition(".")[2]} & set(names.split(",")) for names in targets)]
+                    ends_in(path, names.split(",")) for names in targets)]
 
 
 def read_sweep(folder: str | Path) -> Sweep:

@@ -2,17 +2,18 @@
 
     python -m experiments.pretrain                    the shipped base, from nothing
     python -m experiments.pretrain --steps 200 --out /tmp/base  a quick look
-A killed run goes on from its last checkpoint: a step's text depends on the seed and the step alone.
-Documents stand alone in their rows, and of questions the loss counts the answers only.
+A killed run goes on from its last checkpoint, since a step's text depends on the seed and the step
+alone. Each document stands alone in its row. The loss of a question counts its answer only.
 
-For a model of this size to compare and look up what it has just written, beside knowing facts:
+A model of this size shall not only know facts, but compare and look up what it has just written.
+Four things help it:
     the words of values are a token each    the same word twice is the same token twice
     queries start as keys (init_weights)    heads that see equal tokens from the first step
     drills, most in the first 3,000 steps   rules on random tokens, beside the text
     answers say what they rest on           "Ada Kelsen lives in Brenham, so no."
-When such a skill forms is luck. In the run that ships (seed 0, 50 minutes on one core) yes/no
-and labels had left chance by step 2,000, `same` had not in the end, and `which` a little on the
-people that were asked about (0.65), not on others; with --seed 1 none had by step 3,000.
+Luck decides when such a skill forms. In the run that ships (seed 0, 50 minutes on one core) yes/no
+and labels had left chance by step 2,000. `same` had not at the end. `which` had a little (0.65) on
+the people that were asked about, but not on others. With --seed 1 none had by step 3,000.
 """
 import hashlib
 import json
@@ -30,7 +31,8 @@ from tqdm import tqdm
 
 from data.commonsense import read_template
 from data.mini import MATCH, splits
-from data.task import Example, Sequence, collate, encode, recall, target_loss
+from data.scoring import recall
+from data.task import Example, Sequence, Setup, collate, encode, target_loss
 from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze, documents, pick_one,
                         question)
 from formats.checkpoint import save_pretrained
@@ -41,8 +43,8 @@ from support.files import atomic_write
 from support.parser import Parser
 from support.run import ROOT
 
-VOCAB = 2722                            # byte-level BPE, as many pieces as the text gives, bos, eos
-TOKENS, LENGTH = 2048, 256              # tokens a step, and of a document at most
+VOCAB = 2722                            # byte-level BPE: all pieces of the text, bos, eos
+TOKENS, LENGTH = 2048, 256              # tokens of a step, and at most of a document
 PEAK_LR, WARMUP = 2e-3, 100
 START_STEPS, DRILL_WEIGHT = 3000, 0.3   # steps of the first phase, and the weight of each drill
 EVERY = 500                             # steps between checkpoints
@@ -54,12 +56,12 @@ def config() -> Config:
 
 
 def init_weights(model: Transformer, seed: int) -> None:
-    """N(0, 1 / fan_in), what writes to the residual stream divided by sqrt(2 layers); W_q = W_k.
+    """Draws the weights from N(0, 1 / fan_in) and makes W_k equal to W_q.
 
-    With W_q = W_k a head attends to tokens equal to its own from the first step, which is how
-    equality is seen; without, it took much longer to form. After "Mimetic initialization of
-    self-attention layers" (Trockman & Kolter 2023, arXiv 2305.09828), which adds a multiple of
-    the identity to W_q^T W_k.
+    Weights that write to the residual stream are divided by sqrt(2 layers). With W_q = W_k a head
+    attends to tokens equal to its own from the first step, so it sees equality. Without it this
+    took much longer to form. The idea is from "Mimetic initialization of self-attention layers"
+    (Trockman & Kolter 2023, arXiv 2305.09828), which adds a multiple of the identity to W_q^T W_k.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -71,10 +73,10 @@ def init_weights(model: Transformer, seed: int) -> None:
         layer.attn.k.weight.data.copy_(layer.attn.q.weight)
 
 
-def pieces(world: World) -> dict[bytes, int]:
-    """The tokenizer's ranks, learnt on documents, the training items of `mini` and all values.
+def learn_pieces(world: World) -> dict[bytes, int]:
+    """Learns the tokenizer's ranks on documents, the training items of `mini` and all values.
 
-    Without BoolQ's two words: they came when the base was trained, and are spelt from pieces.
+    BoolQ's two words are left out. They came after the base was trained, and are spelt from pieces.
     """
     items = [*documents(world, random.Random("tokenizer"), 20000),
              *((e.prompt, e.target) for e in splits(read_template(None))["train"]),
@@ -83,8 +85,8 @@ def pieces(world: World) -> dict[bytes, int]:
     return train_bpe(re.sub("|".join(MATCH), "", learnt), VOCAB - 2)
 
 
-def text(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
-    """One step's documents."""
+def text_of_step(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
+    """Writes the documents of one step."""
     rng, sequences, size = random.Random(f"pretrain-{seed}-{step}"), [], 0
     stream = documents(world, rng, 10 ** 9, START if step < START_STEPS else MIX)
     while size < TOKENS:
@@ -93,8 +95,8 @@ def text(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
     return sequences
 
 
-def parts(sequences: list[Sequence]) -> list[list[Sequence]]:
-    """Sequences of similar length together, so that little of a batch is padding."""
+def groups_by_length(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Groups sequences of similar length, so that little of a batch is padding."""
     groups: list = []
     for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
         n = len(sequence.tokens)
@@ -105,14 +107,14 @@ def parts(sequences: list[Sequence]) -> list[list[Sequence]]:
 
 
 def drills(seed: int, step: int) -> list[tuple[Tensor, Tensor]]:
-    """Random tokens under three rules -> (tokens, is_target) of each, as collate() gives them.
+    """Draws random tokens under three rules -> (tokens, is_target) of each, as collate() does.
 
-    repeat   32 tokens, then the same again (the first of these nothing tells)
+    repeat   32 tokens, then the same again; nothing tells the first of these
     label    four times a label and a token, then one of the tokens again and its label
     double   five tokens, then whether the fifth is one of the first four
-    The loss counts what a rule decides. `label` and `double` come 8 and 16 times a row. After
-    START_STEPS `repeat` goes on at every fourth step: without it the tokens that are never a target
-    in the text become one and the same vector, and an adapter cannot make the model write them.
+    The loss counts what a rule decides. `label` comes 8 times a row, `double` 16 times. After
+    START_STEPS `repeat` goes on at every fourth step. Without it, tokens that are never a target in
+    the text would all become the same vector, and no adapter could make the model write them.
     """
     if step >= START_STEPS and step % 4:
         return []
@@ -132,20 +134,20 @@ def drills(seed: int, step: int) -> list[tuple[Tensor, Tensor]]:
     if step >= START_STEPS:
         return [repeat]
     listed, five = tokens(marks, 8, 8, 4), tokens(marks, 8, 16, 5)
-    place = torch.randint(0, 4, (8, 8, 1), generator=g)
+    position = torch.randint(0, 4, (8, 8, 1), generator=g)
     labels = torch.arange(marks, marks + 4).expand(8, 8, 4)
     pairs = torch.stack([labels, listed], 3).flatten(2)
-    asked = torch.cat([torch.full((8, 8, 1), marks + 4), listed.gather(2, place)], 2)
+    asked = torch.cat([torch.full((8, 8, 1), marks + 4), listed.gather(2, position)], 2)
     one = torch.randint(0, 4, (8, 16, 1), generator=g)
     is_double = torch.rand(8, 16, 1, generator=g) < 0.5
     five[..., 4:] = torch.where(is_double, five.gather(2, one), five[..., 4:])
     verdict = torch.where(is_double, marks + 5, marks + 6)
-    return [repeat, rows(torch.cat([pairs, asked, place + marks], 2), slice(-1, None)),
+    return [repeat, rows(torch.cat([pairs, asked, position + marks], 2), slice(-1, None)),
             rows(torch.cat([five, verdict], 2), slice(-1, None))]
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, then half a cosine down to a tenth of the peak."""
+    """Rises in a straight line, then falls along half a cosine to a tenth of the peak."""
     if step < WARMUP:
         return PEAK_LR * (step + 1) / WARMUP
     share = (step - WARMUP) / max(1, steps - WARMUP)
@@ -153,9 +155,12 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def report(model: Transformer, tokenizer, world: World) -> dict[str, float]:
-    """Share of items that the model writes exactly: of all statements and open questions the value,
-    of 200 questions of each other kind on taught and on untaught people what the answer rests on,
-    and the answer after that."""
+    """Measures the share of items that the model writes exactly, for each kind of item.
+
+    Statements and open questions are all asked, and their value counts. The other kinds are asked
+    200 times each, on taught and on untaught people. There the reason counts, and the answer after
+    it.
+    """
     examples, untaught, rng = [], set(world.untaught), random.Random("report")
     for fact in world.facts:
         who = "untaught" if fact.subject in untaught else "taught"
@@ -170,7 +175,7 @@ def report(model: Transformer, tokenizer, world: World) -> dict[str, float]:
             reason, so, answer = re.split("(, so(?: the answer is)?)", target)
             examples += [Example(prompt, reason, group=f"{kind} rests, {who}"),
                          Example(prompt + reason + so, answer, group=f"{kind}, {who}")]
-    return recall(model, tokenizer, examples, batch_size=256, max_length=LENGTH).values
+    return recall(model, Setup(tokenizer, model.config, LENGTH, batch_size=256), examples).values
 
 
 def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None:
@@ -181,19 +186,22 @@ def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=10000, help="optimizer steps of 2,048 tokens")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and the text")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "base", help="folder to write")
+    parser.add_argument("--steps", type=int, default=10000,
+                        help="optimizer steps of 2,048 tokens (10000)")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the initial weights and the text (0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "data" / "base",
+                        help="folder to write (data/base)")
     args = parser.parse_args(argv)
     if args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least 1")
+        raise UserError(f"--steps {args.steps}: must be at least 1")
     if not 0 <= args.seed < 2 ** 32:
-        raise UserError(f"--seed {args.seed}: from 0 to 2^32 - 1")
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
     world = World()
-    ranks = pieces(world)
+    ranks = learn_pieces(world)
     model = Transformer(config())
     init_weights(model, args.seed)
-    with tempfile.TemporaryDirectory() as folder:       # an earlier base stays until the last step
+    with tempfile.TemporaryDirectory() as folder:       # an earlier base stays until the end
         save_base(model, ranks, Path(folder))
         tokenizer = load_tokenizer(folder)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
@@ -215,19 +223,19 @@ def main(argv: list[str] | None = None) -> None:
         except Exception:                   # a broken file can break its reader in any way
             raise UserError(f"{checkpoint}: cannot be read; delete it to begin anew") from None
         if theirs != run:
-            raise UserError(f"{checkpoint}: of --seed {theirs['seed']} --steps {theirs['steps']}, "
-                            f"or of another text; delete it to begin anew")
+            raise UserError(f"{checkpoint}: was written with --seed {theirs['seed']} --steps "
+                            f"{theirs['steps']}, or on another text; delete it to begin anew")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    save(first)                             # tells now, not in some minutes, that it cannot write
+    save(first)                             # fails now, not after minutes, if it cannot write
 
-    start, bar = time.time(), tqdm(range(first, args.steps), initial=first, total=args.steps,
+    began, bar = time.time(), tqdm(range(first, args.steps), initial=first, total=args.steps,
                                    unit="step")
     for step in bar:
-        sequences, loss = text(world, tokenizer, args.seed, step), 0.0
+        sequences, loss = text_of_step(world, tokenizer, args.seed, step), 0.0
         n = sum(len(s.tokens) - s.start for s in sequences)
-        for part in parts(sequences):
-            share = target_loss(model, *collate(part)) / n
+        for group in groups_by_length(sequences):
+            share = target_loss(model, *collate(group)) / n
             share.backward()
             loss += share.item()
         for tokens, is_target in drills(args.seed, step):
@@ -246,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
             save(step + 1)
     save_base(model, ranks, args.out)
     checkpoint.unlink(missing_ok=True)
-    print(f"last loss {loss:.3f}, {time.time() - start:.0f} s")
+    print(f"last loss {loss:.3f}, {time.time() - began:.0f} s")
     for name, share in report(model, tokenizer, world).items():
         print(f"{name:24} {share:.4f}")
 

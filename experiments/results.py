@@ -1,4 +1,4 @@
-"""Finished runs: reading them, which of them to compare, and what a difference is worth."""
+"""Reads finished runs, chooses those to compare, and tells differences from noise."""
 import json
 import math
 from argparse import Namespace
@@ -14,15 +14,16 @@ from scipy.stats import t as student
 from support.errors import UserError
 from support.run import finished, read_flags
 
-AVERAGE = "Avg."            # what a task of several sets calls the column over all of them
+AVERAGE = "Avg."            # the column of a task of several sets that averages over them
 LOWER_IS_BETTER = ("loss", "perplexity")
+# Flags in which compared runs may differ. The last five change no score.
 OF_ONE_RUN = ("lr", "seed", "out", "command", "resume", "overwrite", "save_every", "snapshot_every",
-              "eval_every", "eval_batch_size", "skip_before")   # flags; the last five change no run
+              "eval_every", "eval_batch_size", "skip_before")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A finished run."""
+    """Holds what a finished run left in its folder."""
     folder: Path
     args: Namespace         # its resolved flags
     result: dict            # result.json
@@ -30,15 +31,20 @@ class SavedRun:
 
     @property
     def setting(self) -> tuple:
-        """All flags but learning rate and seed: what a comparison compares. Of the model its
-        weights, wherever they lie."""
+        """Lists all flags but learning rate and seed, which together name what is compared.
+
+        The model stands there by the fingerprint of its weights, wherever they lie.
+        """
         flags = vars(self.args) | {"model": self.result["base"]}
         return tuple(sorted((name, str(value)) for name, value in flags.items()
                             if name not in OF_ONE_RUN))
 
 
 def read_run(folder: str | Path) -> SavedRun | None:
-    """None: the folder holds no finished run. UserError: a damaged one."""
+    """Reads a finished run; None if the folder holds none.
+
+    Raises UserError if its files are damaged.
+    """
     folder = Path(folder)
     if not finished(folder):
         return None
@@ -46,25 +52,26 @@ def read_run(folder: str | Path) -> SavedRun | None:
     path = folder / "result.json"
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        check(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict, trainable=int,
-              seconds=Number, peak_memory_mb=(Number, NoneType), versions=dict, base=str)
-        check(result["valid"], loss=Number)
+        require_types(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict,
+                      trainable=int, seconds=Number, peak_memory_mb=(Number, NoneType),
+                      versions=dict, base=str)
+        require_types(result["valid"], loss=Number)
         for scores in (result["valid"], result["after"]):
-            check(scores, **{name: Number for name in scores})
+            require_types(scores, **{name: Number for name in scores})
         on_validation(result, main_metric(result))
         path = folder / "log.jsonl"
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for line in log:
-            check(line, step=int)
+            require_types(line, step=int)
             if "valid" in line:
-                check(line["valid"], loss=Number)
+                require_types(line["valid"], loss=Number)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not what a run of this version leaves: {error}") from None
     return SavedRun(folder, args, result, log)
 
 
-def check(found, **kinds) -> None:
-    """ValueError: not a dict that has these names, with values of these types."""
+def require_types(found, **kinds) -> None:
+    """Raises ValueError unless `found` is a dict with these names and types of values."""
     for name, kind in kinds.items():
         if not isinstance(found, dict) or name not in found:
             raise ValueError(f"has no {name}")
@@ -73,23 +80,28 @@ def check(found, **kinds) -> None:
 
 
 def read_runs(folder: str | Path) -> list[SavedRun]:
-    """The finished runs in the folders of a folder, by name. UserError: there are none."""
-    runs = [run for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
+    """Reads the finished runs in the folders of a folder, by name; NAME.old was set aside.
+
+    Raises UserError if there are none.
+    """
+    runs = [run for path in sorted(Path(folder).glob("*/"))
+            if path.suffix != ".old" and (run := read_run(path))]
     if not runs:
         raise UserError(f"{folder}: holds no folder of a finished run")
     return runs
 
 
 def main_metric(result: dict) -> str:
-    """The metric that a task is judged by: its average, where it has one, else its first."""
+    """Names the metric that a task is judged by: its average, else its first metric."""
     names = list(result["after"])
     return next((name for name in names if f"/{AVERAGE}" in name), names[0])
 
 
 def on_validation(result: dict, metric: str) -> float:
-    """The validation score that stands for a test metric. Validation may cover other sets than the
-    test: then it is the average over its own, or the score without the test's group.
+    """Finds the validation score that stands for a test metric.
 
+    Validation may cover other sets than the test. Then its own average stands for the metric, or
+    the score without the test's group.
     Raises ValueError if there is none.
     """
     valid, row = result["valid"], metric.partition("/")[0]
@@ -101,15 +113,18 @@ def on_validation(result: dict, metric: str) -> float:
 
 
 def validation(run: SavedRun, metric: str) -> float:
-    """What learning rates are chosen by; more is better."""
+    """Gives the number that learning rates are chosen by; more is better."""
     value = on_validation(run.result, metric)
     return -value if metric in LOWER_IS_BETTER else value
 
 
 def chosen(runs: list[SavedRun], metric: str | None = None) -> dict[tuple, list[SavedRun]]:
-    """setting -> its runs with the learning rate that is best on validation, on average over seeds,
-    among the rates with the most seeds: a search may have tried others on fewer. UserError: the
-    same run twice."""
+    """Chooses each setting's learning rate and gives its runs: setting -> runs by seed.
+
+    The rate has the best validation score on average over seeds. Only the rates with the most
+    seeds count, since a search may have tried others on fewer.
+    Raises UserError if a run stands there twice.
+    """
     rates: dict[tuple, dict] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         of_rate = rates[run.setting][run.args.lr]
@@ -127,9 +142,11 @@ def chosen(runs: list[SavedRun], metric: str | None = None) -> dict[tuple, list[
 
 
 # ---- statistics
-def spread(numbers: list[float]) -> tuple[float, float | None, float | None]:
-    """Mean, standard deviation, and half the width of Student's 95 % interval of the mean; None:
-    a single number does not tell the last two."""
+def mean_and_interval(numbers: list[float]) -> tuple[float, float | None, float | None]:
+    """Computes mean, standard deviation and half of Student's 95 % interval of the mean.
+
+    The last two are None for a single number.
+    """
     n, mean = len(numbers), fmean(numbers)
     if n == 1:
         return mean, None, None
@@ -138,8 +155,11 @@ def spread(numbers: list[float]) -> tuple[float, float | None, float | None]:
 
 
 def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """Mean of a minus mean of b, and the limits of its 95 % interval (Welch's: the two may spread
-    differently), infinite where a or b is a single number."""
+    """Computes mean(a) - mean(b) and the limits of Welch's 95 % interval of it.
+
+    Welch's interval lets a and b have different variances. The limits are infinite if a or b is a
+    single number.
+    """
     mean = fmean(a) - fmean(b)
     if min(len(a), len(b)) < 2:
         return mean, -math.inf, math.inf
@@ -152,6 +172,6 @@ def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
 
 
 def within_noise(a: list[float], b: list[float]) -> bool:
-    """The interval of their difference holds 0."""
+    """Tells whether the interval of their difference holds 0."""
     _, low, high = difference(a, b)
     return low <= 0 <= high

@@ -1,154 +1,137 @@
-"""Runs a sweep: what is finished is skipped, what was stopped goes on."""
+"""Runs a sweep: finished runs are skipped, stopped ones go on."""
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.grid import Trial, parse, search_of, trial
+from experiments.grid import Trial, parse_sweep, search_of, trial
 from experiments.results import on_validation, read_run
-from experiments.table import (best_rates, collect, draw, markdown, metric_of, notes, rows_of,
+from experiments.table import (best_rates, collect, draw_sweep, markdown, metric_of, notes, rows_of,
                                saved_sweep, write_results)
 from support.errors import UserError
 from support.files import atomic_write
-from support.run import ROOT, finished, locked, visible
+from support.run import ROOT, finished, visible
 
 TRAIN = str(ROOT / "train.py")
 
+
 class Runner:
-    """Runs trials, several at a time, each in a process of its own."""
+    """Runs trials, `jobs` at a time, each in a process of its own."""
 
     def __init__(self, jobs: int, total: int, metric: str | None):
-        self.jobs, self.metric, self.stopping = jobs, metric, threading.Event()
-        self.first: Trial | None = None         # until it has begun: what it is refused, all are
-        self.children: set[subprocess.Popen] = set()
-        self.failed: dict[str, str] = {}                # folder -> why
+        self.jobs, self.metric = jobs, metric
+        self.running: dict[subprocess.Popen, tuple[Trial, int]] = {}    # and its log's old length
+        self.failed: dict[str, str] = {}                                # folder -> reason
         self.bar = tqdm(total=total, unit="run", smoothing=0)
 
-    def perform(self, trials: list[Trial]) -> None:
-        """Those that are not finished. Ctrl-C and SIGTERM are passed on: each run saves, stops.
+    def perform(self, trials: list[Trial], first_decides: bool = False) -> None:
+        """Runs the trials that are not finished. Ctrl-C and SIGTERM let each run save and stop.
 
-        UserError: the first was refused before it began; the task has no such metric.
+        first_decides: the first run goes alone until its folder holds files. A refusal before that
+        concerns every run.
+        Raises UserError if the first run is refused, or if the task does not have the metric.
         """
         todo = [t for t in trials if not finished(t.folder)]
-        self.bar.initial += len(trials) - len(todo)     # no time was spent on these
+        self.bar.initial += len(trials) - len(todo)     # the bar's speed leaves these out
         self.bar.update(len(trials) - len(todo))
+        first = todo[0] if todo and first_decides else None
         usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                try:
-                    waiting = {pool.submit(self.execute, t): t for t in todo}
-                    while waiting:
-                        done, _ = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-                        for future in done:
-                            self.report(waiting.pop(future), *future.result())
-                        self.bar.refresh()
-                except BaseException:
-                    self.stopping.set()
-                    for child in list(self.children):
-                        child.terminate()
-                    pool.shutdown(cancel_futures=True)
-                    self.bar.close()
-                    raise
-        except KeyboardInterrupt:
+            while todo or self.running:
+                if first is not None and visible(first.folder):
+                    first = None
+                while todo and len(self.running) < (self.jobs if first is None else 1):
+                    self.begin(todo.pop(0))
+                ended = [child for child in self.running if child.poll() is not None]
+                for child in ended:
+                    t, log_length = self.running.pop(child)
+                    said = last_line(t, log_length, child.returncode)
+                    if t is first and child.returncode == 2 and not visible(t.folder):
+                        raise UserError(said.removeprefix("error: "))
+                    self.report(t, child.returncode, said)
+                    first = None if t is first else first
+                if not ended:
+                    self.bar.refresh()
+                    time.sleep(0.1)
+        except BaseException as error:
+            self.bar.close()
+            for child in self.running:
+                child.terminate()
+            for child in self.running:
+                child.wait()
+            if not isinstance(error, KeyboardInterrupt):
+                raise
             print("stopped; the same sweep goes on", file=sys.stderr)
             sys.exit(130)
         finally:
             signal.signal(signal.SIGTERM, usual)
 
-    def execute(self, trial: Trial) -> tuple[int, str]:
-        """-> the exit status, and the last line printed. Waits while another process is at work in
-        the folder, and until the first run has begun."""
-        while not (self.stopping.is_set() or finished(trial.folder)):
-            first = self.first
-            if busy(trial.folder) or first not in (None, trial) and not visible(first.folder):
-                time.sleep(1)
-                continue
-            status, said = self.child(trial)
-            if not (busy(trial.folder) or finished(trial.folder)):  # else another was quicker
-                return status, said
-        return 0, ""
+    def begin(self, t: Trial) -> None:
+        """Starts a run, which adds what it prints to its log."""
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
+        with open(log_of(t), "ab") as log:
+            log_length = log.tell()
+            child = subprocess.Popen([sys.executable, TRAIN, *t.flags], stdout=log, stderr=log,
+                                     env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+                                     start_new_session=True)        # Ctrl-C reaches only us
+            self.running[child] = t, log_length
 
-    def child(self, trial: Trial) -> tuple[int, str]:
-        cores = os.cpu_count() or 1
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
-        with open(log_of(trial), "a+b") as log:
-            begin = log.tell()
-            child = subprocess.Popen([sys.executable, TRAIN, *trial.flags], stdout=log,
-                                     stderr=log, env=environment, start_new_session=True)
-            self.children.add(child)
-            if self.stopping.is_set():          # since it was asked above
-                child.terminate()
-            status = child.wait()
-            self.children.discard(child)
-            log.seek(begin)
-            lines = log.read().decode(errors="replace").strip().splitlines()
-        if status < 0:
-            return status, f"ended by signal {-status}"
-        return status, lines[-1] if lines else f"exit status {status}"
-
-    def report(self, trial: Trial, status: int, said: str) -> None:
+    def report(self, t: Trial, status: int, said: str) -> None:
+        """Prints a run's scores, or why it failed."""
         self.bar.update()
         run = None
         try:
-            run = read_run(trial.folder) if status == 0 else None
+            run = read_run(t.folder) if status == 0 else None
         except UserError as error:
             said = str(error)
-        if trial is self.first:
-            if status == 2 and not visible(trial.folder):
-                raise UserError(said.removeprefix("error: "))
-            self.first = None
         if run is None:
-            self.failed[trial.folder.name] = said
-            tqdm.write(f"{trial.folder.name}: failed: {said}", file=sys.stderr)
+            self.failed[t.folder.name] = said
+            tqdm.write(f"{t.folder.name}: failed: {said}", file=sys.stderr)
             return
-        name = metric_of({trial.setting: [run]}, self.metric)
-        tqdm.write(f"{trial.folder.name}: {name} {on_validation(run.result, name):.4f} on "
-                   f"validation, {run.result['after'][name]:.4f} on the test, {run.result['seconds']:.0f} s",
+        name = metric_of({t.setting: [run]}, self.metric)
+        tqdm.write(f"{t.folder.name}: {name} {on_validation(run.result, name):.4f} on validation, "
+                   f"{run.result['after'][name]:.4f} on the test, {run.result['seconds']:.0f} s",
                    file=sys.stderr)
 
 
-def log_of(trial: Trial) -> Path:
-    return trial.folder.parent / "logs" / f"{trial.folder.name}.txt"
+def log_of(t: Trial) -> Path:
+    return t.folder.parent / "logs" / f"{t.folder.name}.txt"
 
 
-def busy(folder: Path) -> bool:
-    """Another process is at work there."""
-    if not folder.exists():
-        return False
-    try:
-        lock = locked(folder)
-    except UserError:
-        return True
-    if lock is not None:
-        os.close(lock)
-    return False
+def last_line(t: Trial, log_length: int, status: int) -> str:
+    """Reads the last line of a run's log; the first `log_length` bytes are from an earlier start.
+
+    A run that printed nothing or was killed is described by its exit status.
+    """
+    lines = log_of(t).read_bytes()[log_length:].decode(errors="replace").strip().splitlines()
+    if status < 0:
+        return f"ended by signal {-status}"
+    return lines[-1] if lines else f"exit status {status}"
 
 
-def rest_of(args: Namespace, rest: list[str], search: list[Trial]) -> list[Trial]:
-    """The chosen rate of every setting with the other seeds, once the search is done."""
+def rest_of(args: Namespace, search: list[Trial]) -> list[Trial]:
+    """Lists the runs of the other seeds with each setting's chosen rate, once that is known."""
     found = collect(search)
     best = best_rates(found, metric_of(found, args.metric)) if found else {}
-    return [trial(t.setting, t.lr, seed, args, rest) for t in search
+    return [trial(t.setting, t.lr, seed, args) for t in search
             if t.seed == args.search_seeds[0] and t.setting in best
             and float(t.lr) == best[t.setting][0].args.lr
             for seed in args.seeds if seed not in args.search_seeds]
 
 
-def run(argv: list[str] | None, doc: str = "") -> None:
-    """The whole command ablate.py, whose help is `doc`."""
-    args, rest = parse(argv, doc)
-    search = search_of(args, rest)
+def run_sweep(argv: list[str] | None, doc: str = "") -> None:
+    """Runs all of ablate.py, whose help is `doc`."""
+    args = parse_sweep(argv, doc)
+    search = search_of(args)
     if args.list:
         ready = all(finished(t.folder) for t in search)
-        for t in search + (rest_of(args, rest, search) if ready else []):
+        for t in search + (rest_of(args, search) if ready else []):
             print(shlex.join([sys.executable, TRAIN, *t.flags]))
         return
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
@@ -157,10 +140,8 @@ def run(argv: list[str] | None, doc: str = "") -> None:
     with runner.bar:
         if done := collect(search):
             metric_of(done, args.metric)
-        else:
-            runner.first = search[0]
-        runner.perform(search)
-        trials = search + rest_of(args, rest, search)
+        runner.perform(search, first_decides=not done)
+        trials = search + rest_of(args, search)
         runner.perform(trials[len(search):])
 
     found = collect(trials)
@@ -169,12 +150,12 @@ def run(argv: list[str] | None, doc: str = "") -> None:
         best = best_rates(found, metric)
         out = Path(args.out)
         command = shlex.join(["python", "ablate.py", *(sys.argv[1:] if argv is None else argv)])
-        table = markdown(rows_of(best, metric))
-        text = f"    {command}\n\n{table}\n{notes(args, found, best, metric, runner.failed)}"
+        rows = markdown(rows_of(best, metric))
+        text = f"    {command}\n\n{rows}\n{notes(args, found, best, metric, runner.failed)}"
         with atomic_write(out / "table.md") as path:
             path.write_text(text, encoding="utf-8")
         write_results(out / "results.csv", found, best)
-        figures = [] if args.vary else draw(saved_sweep(found, best, metric), out)
+        figures = [] if args.vary else draw_sweep(saved_sweep(found, best, metric), out)
         print(text)
         print(f"{out}: {', '.join(['table.md', 'results.csv', *figures])}")
     if runner.failed:

@@ -16,6 +16,7 @@ from support.processes import process_count
 from support.run import FILES, PRECISIONS, ROOT, Flags, read_config, visible
 
 BASE = ROOT / "data" / "base"
+TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets")
 # Every method's own hyperparameters, each said once, on its class: name -> (default, help, ...).
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
@@ -39,8 +40,8 @@ def parse(argv: list[str] | None, doc: str = "") -> Namespace:
                               "the end, on average")
     adapter.add_argument("--alpha", type=float, help="scale of the update (2 x rank)")
     adapter.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input (0)")
-    adapter.add_argument("--targets", default="q,k,v,up,down",
-                         help="ends of layer names, comma-separated (q,k,v,up,down)")
+    adapter.add_argument("--targets", default=TARGETS,
+                         help=f"ends of layer names, comma-separated ({TARGETS})")
     adapter.add_argument("--lr-ratio", type=float, help="learning rate of B (dual: B and D) over "
                                                         "that of the rest (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
@@ -170,7 +171,7 @@ def adapt(model, args: Namespace) -> None:
         inject(model, args.method)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-        inject(model, args.method, args.targets.split(","), args.rank, alpha, args.dropout, **own)
+        inject(model, args.method, [name.strip() for name in args.targets.split(",")], args.rank, alpha, args.dropout, **own)
 
 
 def resolve(args: Namespace, model, task) -> Flags:

@@ -1,6 +1,5 @@
 """Draws what an update looks like inside: its singular values, its rows, its signs."""
 import math
-from argparse import Namespace
 from collections import defaultdict
 from copy import deepcopy
 from statistics import fmean
@@ -210,10 +209,11 @@ def start_of(run: SavedRun) -> dict[str, torch.Tensor]:
 
     Raises Lacking if they come out otherwise on this machine.
     """
-    model, args = deepcopy(pretrained(run)), Namespace(**vars(run.args))
-    torch.manual_seed(args.seed)
-    adapt(model, args)
+    model = deepcopy(pretrained(run))
+    torch.manual_seed(run.args.seed)
+    adapt(model, run.args)
     start = [model.injected, fingerprint(state(model), torch.float32)]
     if start != read_config(run.folder)["adapters"]:
-        raise Lacking(f"the start of {run.folder}, made on {args.device}, comes out otherwise here")
+        raise Lacking(f"the start of {run.folder}, made on {run.args.device}, comes out otherwise "
+                      "here")
     return state(model)

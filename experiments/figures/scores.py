@@ -6,9 +6,8 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 from experiments.learnt import Lacking, Sweep
-from experiments.plots import (COLOURS, LABELS, MARKERS, a_panel_each, band, label_ends, line_of,
-                               plt)
-from experiments.results import SavedRun, on_validation, spread
+from experiments.plots import COLOURS, LABELS, MARKERS, a_panel_each, band, label_ends, line_of, plt
+from experiments.results import SavedRun, mean_and_interval, on_validation
 
 LEARNT, LOST = "new", "kept"        # what the task facts calls them
 
@@ -51,7 +50,7 @@ def draw_score(sweep: Sweep):
             for method, rank, runs in sweep.in_order]
     figure, axes = plt.subplots(figsize=(9, 4.6), layout="constrained")
     for row in rows:
-        row["mean"], row["sd"], row["t_interval"] = spread(row["scores"])
+        row["mean"], row["sd"], row["t_interval"] = mean_and_interval(row["scores"])
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for method in methods:
         line = [row for row in rows if row["method"] == method]
@@ -145,7 +144,7 @@ def draw_tradeoff(sweep: Sweep):
                       textcoords="offset points", ha="right", va="top", fontsize=8)
     for row in rows:
         if row["chosen"]:
-            (x, _, x_half), (y, _, y_half) = spread(row[LEARNT]), spread(row[LOST])
+            (x, _, x_half), (y, _, y_half) = map(mean_and_interval, (row[LEARNT], row[LOST]))
             axes.errorbar([x], [y], y_half or 0, x_half or 0, capsize=3, elinewidth=1,
                           label=LABELS[row["method"]],
                           **line_of(row["method"]) | {"markersize": 9})

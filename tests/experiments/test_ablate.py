@@ -1,4 +1,4 @@
-"""The grid of a sweep, what it chooses and says, and commands that can be given again."""
+"""The grid of a sweep, the choices it makes, and commands that can be given again."""
 import csv
 import json
 import math
@@ -7,20 +7,19 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from conftest import SHARED, needs
 from runs import refused, result_of
+from torch import nn
 
 import ablate
 import train
 from data import TASKS
 from experiments import analyze, results, sweep, table
-from experiments.results import difference, spread, within_noise
+from methods import inject
 from support import flags as flags_of_train
 from support.run import locked
 
@@ -62,12 +61,8 @@ def test_learning_rates_are_around_each_method_s_own(capsys):
     lines = listed(capsys, "--methods", "lora,full", *SHORT)
     assert [value_of(line, "--lr") for line in lines] == ["0.00525", "0.0105", "0.021",
                                                           "0.0005", "0.001", "0.002"]
-    assert len(listed(capsys, "--methods", "lora", "--lrs", "x1,0.0105", *SHORT)) == 1
-
-
-def test_one_number_written_in_two_ways_is_one_run(capsys):
-    assert len(listed(capsys, "--methods", "lora", "--ranks", "4,04", "--lrs", "1e-2,0.01,.010",
-                      "--seeds", "0,00", *SHORT)) == 1
+    assert len(listed(capsys, "--methods", "lora", "--ranks", "4,04", "--lrs", "x1,0.0105,.0105",
+                      "--seeds", "0,00", *SHORT)) == 1          # one number, however it is written
 
 
 def test_any_flag_can_be_varied_where_the_method_uses_it(capsys):
@@ -90,7 +85,7 @@ def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
 def test_a_command_can_be_given_again(capsys, monkeypatch):
     line, = listed(capsys, "--methods", "dual", "--lrs", "x1", "--out", "sweep", *SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(train.Run, "finish", lambda *_: exit("killed"))
+        patch.setattr(train, "report", lambda *_: exit("killed"))
         with pytest.raises(SystemExit):
             train.main(line)
     train.main(line)
@@ -154,16 +149,6 @@ def test_a_sweep_whose_validation_covers_other_sets_than_its_test_is_compared(ta
     analyze.main(["runs/sweep", "--figures", "score,rates"])
 
 
-def test_a_validation_score_stands_for_the_test_s_by_name_average_or_without_its_group():
-    result = {"valid": {"loss": 1.0, "accuracy/train": 0.3, "accuracy/Avg. of 1": 0.4,
-                        "f1": 0.5}, "after": {}}
-    for metric, value in (("loss", 1.0), ("accuracy/Avg. of 7", 0.4), ("accuracy/PIQA", 0.4),
-                          ("f1_matched", 0.5)):
-        assert results.on_validation(result, metric) == value
-    with pytest.raises(ValueError, match="bleu"):
-        results.on_validation(result, "bleu")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*(name for name in TASKS if "/" not in name and
                                     name not in ("commonsense", "e2e"))])
@@ -189,9 +174,11 @@ def test_a_sweep_of_every_task_that_needs_no_public_files_is_compared_and_drawn(
 def finish(flags: list[str], valid: float, test: float) -> None:
     """Writes what train.py leaves of a finished run."""
     args = flags_of_train.parse(flags)
-    flags_of_train.resolve(args)
-    args.steps, args.batch_size, args.loss_on, args.command = 4, 8, "answer", "python train.py"
-    args.max_length = 256
+    model = inject(nn.ModuleDict({"q": nn.Linear(32, 32)}), args.method, ["q"], args.rank)
+    task = Namespace(defaults={"steps": 4, "batch_size": 8}, train=[None] * 24, loss_on="answer",
+                     setup=Namespace(max_length=256))
+    args.command = "python train.py"
+    args = flags_of_train.resolve(args, model, task)
     folder = Path(args.out)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"args": vars(args), "before": None}))
@@ -215,18 +202,19 @@ class Process:
         Process.ran.append(self.args)
         try:
             finish(command[2:], *Process.score(self.args))
-            self.status = 0
+            self.returncode = 0
         except ZeroDivisionError:
             stdout.write(b"some output\nerror: step 3: loss nan\n")
-            self.status = 1
+            self.returncode = 1
 
-    def wait(self):
-        return self.status
+    def poll(self):
+        return self.returncode
 
 
 @pytest.fixture
 def processes(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr(sweep, "draw_sweep", lambda *_: [])
     monkeypatch.setattr(Process, "ran", [])
     monkeypatch.setattr(Process, "score", Process.score)    # what a test sets, this one only
     return Process
@@ -313,24 +301,6 @@ def test_a_run_that_fails_is_told_and_the_others_still_compare(processes, capsys
     assert "no result from facts-lora-r8-lr0.02-s0: error: step 3: loss nan" in out
 
 
-@pytest.mark.parametrize("status, said", [(-9, "ended by signal 9"), (3, "exit status 3")])
-def test_a_run_that_dies_without_a_word_is_told_by_its_status(processes, monkeypatch, capsys,
-                                                              status, said):
-    class Killed(Process):
-        def __init__(self, command, stdout, **_):
-            super().__init__(command, stdout)
-            Path(self.args.out, "result.json").unlink()
-            self.status = status
-
-    Path("runs/sweep/logs").mkdir(parents=True)
-    Path("runs/sweep/logs/facts-lora-r8-lr0.0105-s0.txt").write_text("error: of another time\n")
-    monkeypatch.setattr(subprocess, "Popen", Killed)
-    with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    assert stop.value.code == 1
-    assert f"lr0.0105-s0: failed: {said}\n" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
     with pytest.raises(SystemExit) as stop:
@@ -344,53 +314,43 @@ def test_a_run_that_is_refused_before_it_begins_ends_the_sweep(capsys):
     assert [path.name for path in Path("runs/sweep").iterdir()] == ["logs"]
 
 
-class Refused(Process):
-    """As Process, but the runs of DoRA are refused before they begin."""
-    def __init__(self, command, stdout, **_):
-        super().__init__(command, stdout)
-        if self.args.method == "lora":
-            time.sleep(0.3)                     # reported last where all run at once
-        if self.args.method == "dora":
-            shutil.rmtree(self.args.out)
-            stdout.write(b"error: no such thing\n")
-            self.status = 2
+def test_a_refusal_is_the_run_s_own_once_another_has_begun(processes, monkeypatch, capsys):
+    class Refused(Process):
+        def __init__(self, command, stdout, **_):
+            super().__init__(command, stdout)
+            if self.args.method == "dora":
+                shutil.rmtree(self.args.out)
+                stdout.write(b"error: no such thing\n")
+                self.returncode = 2
 
-
-@pytest.mark.parametrize("jobs", ["1", "3"])
-def test_what_a_later_run_refuses_is_told_and_the_others_go_on(processes, monkeypatch, capsys,
-                                                               jobs):
     monkeypatch.setattr(subprocess, "Popen", Refused)
     with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora,dora,dash", "--lrs", "x1", "--jobs", jobs, *SHORT])
+        ablate.main(["--methods", "lora,dora,dash", "--lrs", "x1", "--jobs", "3", *SHORT])
     assert stop.value.code == 1
     out = capsys.readouterr().out
     assert [row["method"] for row in table_of(out)] == ["lora", "dash"]
     assert "no result from facts-dora-r8-lr0.015-s0: error: no such thing" in out
-
-
-def test_where_a_run_is_finished_what_the_first_refuses_is_its_own(processes, monkeypatch, capsys):
-    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    monkeypatch.setattr(subprocess, "Popen", Refused)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop:                 # given again, where two are finished
         ablate.main(["--methods", "dora,lora,dash", "--lrs", "x1", *SHORT])
-    assert stop.value.code == 1 and len(processes.ran) == 3
-    assert "lr0.015-s0: failed: error: no such thing\n" in capsys.readouterr().err
-
-
-def test_what_a_first_run_refuses_to_go_on_with_is_its_own(processes, monkeypatch, capsys):
-    class Damaged(Process):
-        def __init__(self, command, stdout, **_):
-            super().__init__(command, stdout)
-            if self.args.method == "lora":
-                Path(self.args.out, "result.json").unlink()
-                stdout.write(b"error: checkpoint.pt: damaged\n")
-                self.status = 2
-
-    monkeypatch.setattr(subprocess, "Popen", Damaged)
+    assert stop.value.code == 1
     with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora,dora", "--lrs", "x1", *SHORT])
-    assert stop.value.code == 1 and len(processes.ran) == 2
-    assert "lr0.0105-s0: failed: error: checkpoint.pt: damaged\n" in capsys.readouterr().err
+        ablate.main(["--methods", "dora", "--lrs", "x1", "--out", "runs/first", *SHORT])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: no such thing"
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_process_holds_is_a_failed_run(capsys):
+    line, = listed(capsys, "--methods", "lora", "--lrs", "x1", *SHORT)
+    folder = Path(value_of(line, "--out"))
+    train.main(line)
+    (folder / "result.json").unlink()
+    lock = locked(folder)
+    with pytest.raises(SystemExit) as stop:
+        ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
+    os.close(lock)
+    assert stop.value.code == 1
+    assert f"{folder.name}: failed: error: --out {folder}: another" in capsys.readouterr().err
 
 
 def test_a_stopped_run_with_other_flags_is_told_before_anything_runs(processes, capsys):
@@ -400,30 +360,6 @@ def test_a_stopped_run_with_other_flags_is_told_before_anything_runs(processes, 
         ablate.main(["--methods", "dora,lora", "--lrs", "x1", *SHORT, "--steps", "5"])
     assert stop.value.code == 2 and len(processes.ran) == 1
     assert "--steps 5: the run has 4" in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_an_error_ends_the_runs_that_are_at_work(processes, monkeypatch, capsys):
-    begun, stopped = threading.Event(), threading.Event()
-
-    class Endless(Process):
-        def wait(self):
-            if self.args.method == "lora":
-                assert begun.wait(20)
-                return 0
-            begun.set()
-            assert stopped.wait(20)
-            return 130
-
-        def terminate(self):
-            stopped.set()
-
-    monkeypatch.setattr(subprocess, "Popen", Endless)
-    with pytest.raises(SystemExit) as stop:
-        ablate.main(["--methods", "lora,dora", "--metric", "loss", "--lrs", "x1", "--jobs", "2",
-                     *SHORT])
-    assert stop.value.code == 2 and stopped.is_set()
-    assert "--metric loss" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):
@@ -436,7 +372,9 @@ def test_a_damaged_result_is_told_before_anything_runs(processes, capsys):
     assert "lr0.0105-s0/result.json: not what a run" in capsys.readouterr().err
 
 
-def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
+@pytest.mark.slow
+def test_the_figures_show_the_metric_that_was_asked_for(processes, monkeypatch, capsys):
+    monkeypatch.setattr(sweep, "draw_sweep", table.draw_sweep)
     processes.score = lambda args: (0.9, 0.9)
     ablate.main(["--methods", "lora", "--metric", "kept", "--lrs", "x0.5,x1", *SHORT])
     for name, rows in (("score", 1), ("rates", 2)):
@@ -445,115 +383,44 @@ def test_the_figures_show_the_metric_that_was_asked_for(processes, capsys):
     assert "kept 0.5000 on validation" in capsys.readouterr().err
 
 
-def test_a_run_at_work_elsewhere_is_waited_for(processes, monkeypatch, capsys):
-    folder = Path("runs/sweep/facts-lora-r8-lr0.0105-s0")
-    folder.mkdir(parents=True)
-    looks = [True, False, True, True]       # after the second ours begins, and is told it is late
-
-    def busy(_):
-        if len(looks) == 1:
-            folder.rmdir()
-            finish(["--method", "lora", "--rank", "8", "--lr", "0.0105", "--seed", "0", *SHORT,
-                    "--out", str(folder), "--resume"], 0.5, 0.5)
-        return looks.pop(0)
-
-    def late(_):
-        raise ZeroDivisionError
-
-    processes.score = late
-    monkeypatch.setattr(sweep, "busy", busy)
-    monkeypatch.setattr(sweep.time, "sleep", lambda _: None)
-    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    assert not looks and len(processes.ran) == 1
-    assert "no result" not in capsys.readouterr().out
-
-
-def test_a_run_that_another_process_has_finished_meanwhile_is_no_failure(processes, monkeypatch,
-                                                                         capsys):
-    class Late(Process):
-        def __init__(self, command, stdout, **_):
-            super().__init__(command, stdout)
-            self.status = 2
-
-    monkeypatch.setattr(subprocess, "Popen", Late)
-    ablate.main(["--methods", "lora", "--lrs", "x1", *SHORT])
-    assert "no result" not in capsys.readouterr().out
-
-
-def test_busy_is_a_folder_that_another_process_has_locked(tmp_path):
-    folder = tmp_path / "run"
-    assert not sweep.busy(folder)
-    folder.mkdir()
-    lock = locked(folder)
-    assert sweep.busy(folder)
-    os.close(lock)
-    assert not sweep.busy(folder)
-
-
 def test_a_request_to_stop_reaches_the_runs_and_ends_the_sweep_with_one_line(monkeypatch, capsys):
-    stopped = threading.Event()
+    asked = []
 
     class Endless(Process):
         def __init__(self, *_, **__):
             pass
 
+        def poll(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+
         def terminate(self):
-            stopped.set()
+            asked.append("to end")
 
         def wait(self):
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stopped.wait(20)
-            return 130
+            asked.append("to wait")
 
     monkeypatch.setattr(subprocess, "Popen", Endless)
     with pytest.raises(SystemExit) as stop:
         ablate.main(["--methods", "lora,dora", *SHORT])
-    assert stop.value.code == 130 and stopped.is_set()
+    assert stop.value.code == 130 and asked == ["to end", "to wait"]
     assert capsys.readouterr().err.splitlines()[-1] == "stopped; the same sweep goes on"
-
-
-# ---- statistics
-def test_spread_is_student_s():
-    mean, sd, half = spread([1.0, 2.0, 3.0])
-    assert (mean, sd) == (2.0, 1.0) and half == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4)
-    assert spread([0.5]) == (0.5, None, None)
-
-
-def test_a_difference_is_welch_s():
-    mean, low, high = difference([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])      # 4 degrees of freedom
-    assert mean == -1 and high == pytest.approx(-1 + 2.7764 * math.sqrt(2 / 3), abs=1e-4)
-    assert low + high == pytest.approx(-2)
-    assert within_noise([1.0, 2.0, 3.0], [2.0, 3.0, 4.0])
-    assert not within_noise([1.0, 1.1, 0.9], [2.0, 2.1, 1.9])
-    assert within_noise([1.0, 1.0], [1.0, 1.0]) and not within_noise([1.0, 1.0], [0.9, 0.9])
-    assert within_noise([1.0], [0.0, 0.1])                      # one seed tells nothing
 
 
 @pytest.mark.parametrize("flags, said", [
     ([], "--methods"),
     (["--methods", "lora,dosa"], "did you mean"),
-    (["--methods", "lora,"], "--methods"),
+    (["--methods", "lora,"], "a value is missing"),
     (["--methods", "lora", "--lr", "1"], "--lrs"),
-    (["--methods", "lora", "--ranks", "2", "--rank=4"], "--ranks"),
     (["--methods", "lora", "--overwrite"], "--overwrite"),
-    (["--methods", "lora", "--from-peft", "x"], "--from-peft"),
-    (["--methods", "lora", "--lrs", "fast"], "--lrs fast"),
     (["--methods", "lora", "--lrs", "x"], "--lrs x"),
-    (["--methods", "lora", "--rnk", "1"], "--rnk"),
     (["--methods", "lora", "--r1", "1"], "--r1: method lora does not use it"),
-    (["--methods", "lora", "--seeds", "-1"], "--seed"),
     (["--methods", "lora", "--search-seeds", "1"], "--search-seeds 1"),
     (["--methods", "lora", "--ranks", "4,0"], "--rank 0"),
-    (["--methods", "lora", "--task", "fakts"], "did you mean facts"),
-    (["--methods", "lora", "--jobs", "0"], "--jobs"),
     (["--methods", "lora", "--vary", "alfa=1"], "did you mean alpha"),
-    (["--methods", "lora", "--vary", "alpha"], "a value is missing"),
-    (["--methods", "lora", "--vary", "seed=1"], "no such flag to vary"),
     (["--methods", "lora", "--vary", "task=facts,mini"], "no such flag to vary"),
     (["--methods", "lora", "--vary", "alpha=8", "--vary", "alpha=16"], "given twice"),
     (["--methods", "lora", "--seeds", "one"], "--seeds one: not whole numbers"),
     (["--methods", "lora", "--vary", "alpha=8", "--alpha", "16"], "given for all runs"),
-    (["--methods", "lora", "--vary", "steps=0"], "--steps 0"),
     (["--methods", "lora,dora", "--vary", "clip=no"], "no method of --methods uses it"),
 ])
 def test_wrong_flags_end_with_one_line_before_any_run(flags, said, capsys):

@@ -1,24 +1,26 @@
-"""That bench.py runs and writes what it says; not how fast anything is."""
+"""bench.py runs and writes its files; how fast anything is stands in no test."""
 import json
 
 import pytest
 from runs import refused
 
-from experiments import bench
+from experiments import bench, contenders, growth
+from lora import LoRALinear
+from methods import METHODS, Method
 
 pytestmark = pytest.mark.slow
 
-FAST = ["frozen", *bench.OURS]
+FAST = ["frozen", *contenders.OURS]
 
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(bench, "WIDTHS", [32])
-    monkeypatch.setattr(bench, "TOKENS", [64])
-    monkeypatch.setattr(bench, "AXES", {"rank": (2, 4), "tokens": (16, 32), "width": (32, 64)})
-    monkeypatch.setattr(bench, "AT", {"rank": 4, "tokens": 16, "width": 32})
-    monkeypatch.setitem(bench.SIZES, "25 M", dict(vocab_size=8192, d_model=32, n_layers=2,
-                                                  n_heads=2, d_ff=64))
+    monkeypatch.setattr(bench, "LAYER_WIDTHS", [32])
+    monkeypatch.setattr(bench, "LAYER_TOKENS", [64])
+    monkeypatch.setattr(growth, "AXES", {"rank": (2, 4), "tokens": (16, 32), "width": (32, 64)})
+    monkeypatch.setattr(growth, "USUAL", {"rank": 4, "tokens": 16, "width": 32})
+    monkeypatch.setitem(contenders.SIZES, "25 M", dict(vocab_size=8192, d_model=32, n_layers=2,
+                                                       n_heads=2, d_ff=64))
 
 
 def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny, tmp_path, capsys):
@@ -33,16 +35,29 @@ def test_layer_model_growth_and_sizes_give_a_row_a_contender_and_the_files(tiny,
         for row in rows.values():
             assert 0 < row["fb_best"] <= row["best"] <= row["seconds"]
     kept = {row["contender"]: row["kept_bytes"] for row in found["layer"]}
-    assert kept["lora"] == 4 * 64 * bench.RANK and kept["dual"] == 0
+    assert kept["lora"] == 4 * 64 * contenders.RANK and kept["dual"] == 0
     assert kept["dual, naive"] >= 4 * 32 * 32
     points = [(row["axis"], row[row["axis"]], row["contender"]) for row in found["growth"]]
-    assert points == [(axis, value, name) for axis, values in bench.AXES.items()
+    assert points == [(axis, value, name) for axis, values in growth.AXES.items()
                       for value in values for name in FAST]
     assert figure.read_bytes().startswith(b"\x89PNG")
     drawn = json.loads(figure.with_suffix(".json").read_text())
     assert drawn["growth"] == found["growth"] and drawn["machine"] == found["machine"]
     text = capsys.readouterr().out
     assert "LLaMA 7B" in text and "DoRA / our LoRA" in text
+
+
+def test_a_method_of_one_s_own_is_measured_and_said_to_be_not_mapped(tiny, monkeypatch, capsys):
+    monkeypatch.setitem(METHODS, "mine", Method(LoRALinear, lr=1e-3))
+    for module in (bench, growth):
+        monkeypatch.setattr(module, "OURS", ["full", "lora", "dora", "adalora", "dual", "mine"])
+    monkeypatch.setattr(bench, "PEFT", [])
+    bench.main(["layer", "model", "growth", "sizes", "--device", "cpu"])
+    lines = [line.split("  ") for line in capsys.readouterr().out.splitlines()
+             if line.startswith("mine ")]
+    assert len(lines) == 2 + 6 + 2                      # a layer, a model, growth, 7B and 70B
+    assert ["not mapped" in map(str.strip, line) for line in lines] == (
+        [False, True] + [False] * 6 + [True] * 2)
 
 
 @pytest.mark.parametrize("argv, message", [

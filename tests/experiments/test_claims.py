@@ -8,21 +8,26 @@ import pytest
 from runs import refused
 
 import ablate
+import lora
 import train
-from experiments import claims, grid
-from experiments.claims import (CEILING, PAGES, PARTS, as_good, beyond_noise, cut, higher,
-                                of_overlap, of_places, of_scores, of_slopes, of_spectra, of_tuning,
-                                pairs, put, ranges, shown, with_scores)
-from experiments.grid import Setting
-from experiments.learnt import read_sweep
-from methods import METHODS
+from experiments import claims, grid, pages
+from experiments.claims import PARTS
+from experiments.grid import Setting, parse_sweep
+from experiments.pages import (PAGES, equation_of, put_table, row_of_choices, split_page,
+                               table_of_methods)
+from experiments.verdicts import (CEILING, as_good, at_ceiling, beyond_noise, differences_text,
+                                  higher, pairs, ranges, scores_by_rank, verdict_on_overlap,
+                                  verdict_on_positions, verdict_on_spectra, verdicts_on_scores,
+                                  verdicts_on_slopes, verdicts_on_tuning)
+from lora import AdapterLinear
+from methods import METHODS, Method
+from support.errors import UserError
 
 LOW, MIDDLE, HIGH = [0.1, 0.11, 0.12], [0.5, 0.51, 0.52], [0.8, 0.81, 0.82]
 TOP = [0.99, 0.99, 1.0]
 SHORT = "--steps 4 --batch-size 8 --max-eval 3"
-
-pytestmark = pytest.mark.slow
-
+HEAD = ("| method | update | file (lines) | trainable | `new` | `kept` |\n"
+        "|---|---|---|---|---|---|\n")
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
@@ -61,7 +66,7 @@ def test_a_match_is_an_interval_above_the_margin():
 
 def test_differences_are_shown_with_half_the_width_of_their_interval():
     differences = compared(([0.2, 0.4], [0.1, 0.1]), (TOP[:2], TOP[:2]))    # t = 12.706, 1 degree
-    assert shown(differences) == "facts 2 +0.200 ± 1.271, (facts 4 +0.000 ± 0.000)"
+    assert differences_text(differences) == "facts 2 +0.200 ± 1.271, (facts 4 +0.000 ± 0.000)"
 
 
 def test_methods_are_paired_at_every_rank_that_both_have():
@@ -72,8 +77,8 @@ def test_methods_are_paired_at_every_rank_that_both_have():
 
 
 def test_the_range_of_methods_is_best_less_worst_of_each_seed():
-    table = {("lora", 8): [0.5, 0.7, 0.1], ("dora", 8): [0.9, 0.6], ("dual", 8): [0.6, 0.65]}
-    assert ranges(table, ["lora", "dora", "dual"], 8, 2) == pytest.approx([0.4, 0.1])
+    scores = {("lora", 8): [0.5, 0.7, 0.1], ("dora", 8): [0.9, 0.6], ("dual", 8): [0.6, 0.65]}
+    assert ranges(scores, ["lora", "dora", "dual"], 8, 2) == pytest.approx([0.4, 0.1])
 
 
 # ---- the claims
@@ -95,7 +100,7 @@ def parts(better: str) -> dict:
     ("dash", ["not seen"] * 3 + ["not seen", "seen", "seen", "not seen", "seen", "opposite"]),
     ("adalora", ["not seen"] * 3 + ["seen"] + ["not seen"] * 3 + ["seen", "opposite"])])
 def test_claims_about_scores(better, verdicts):
-    found = of_scores(parts(better))
+    found = verdicts_on_scores(parts(better))
     assert [row.verdict for row in found] == verdicts
     assert "better beyond noise in 5, worse in 0 of 5" in found[0].here or better != "dual"
     assert found[6].here.count("less LoRA's") == 3                  # ranks 2, 4 and 8
@@ -108,21 +113,21 @@ def test_every_budget_is_every_one():
 
 
 def test_the_ceiling_takes_both():
-    assert claims.at_ceiling(TOP, TOP) and not claims.at_ceiling(TOP, MIDDLE)
+    assert at_ceiling(TOP, TOP) and not at_ceiling(TOP, MIDDLE)
 
 
 def test_scores_are_of_the_test_split_and_one_a_seed():
     runs = [SimpleNamespace(result={"after": {"new": after}, "valid": {"new": 0.1}})
             for after in LOW]
     sweep = SimpleNamespace(metric="new", chosen={("lora", 8): runs})
-    assert claims.scores_of(sweep) == {("lora", 8): LOW}
+    assert scores_by_rank(sweep) == {("lora", 8): LOW}
 
 
 def test_tuning_is_told_for_all_and_without_the_method_that_matters_most():
     methods = ("lora", "dora", "dash", "dual")
     def verdicts(*at_one_rate):
         one_rate = {(method, 8): scores for method, scores in zip(methods, at_one_rate)}
-        return of_tuning(one_rate, {(method, 8): HIGH for method in methods})
+        return verdicts_on_tuning(one_rate, {(method, 8): HIGH for method in methods})
     assert [row.verdict for row in verdicts(HIGH, HIGH, LOW, LOW)] == ["seen", "seen"]
     alone = verdicts(HIGH, HIGH, HIGH, LOW)
     assert [row.verdict for row in alone] == ["seen", "not seen"]
@@ -137,15 +142,19 @@ def test_a_full_rank_is_nine_tenths_of_the_singular_values():
                  "full": 10, "LoRA": 2}
         return {name: {"numerical_rank": [n, n], "effective_rank": [n / 2], "median": [1.0] * 10}
                 for name, n in found.items()}
-    assert of_spectra(numbers(9)).verdict == "seen"
-    assert of_spectra(numbers(8)).verdict == of_spectra(numbers(9, 8)).verdict == "not seen"
-    assert "above 1 %: 9 and 10 of 10 (of random factors 6 and 5)" in of_spectra(numbers(9)).here
+    assert verdict_on_spectra(numbers(9)).verdict == "seen"
+    assert verdict_on_spectra(numbers(8)).verdict == "not seen"
+    assert verdict_on_spectra(numbers(9, 8)).verdict == "not seen"
+    here = verdict_on_spectra(numbers(9)).here
+    assert "above 1 %: 9 and 10 of 10 (of random factors 6 and 5)" in here
 
 
 def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
-    def verdict(*places):
-        return of_places({"s": 1, "layers": ["q"] * 4, "rates": {"full": [1.0] * 10}, "where": {
-            "task-specific": places, "of a Gaussian dW": [0.9, 0.9, 0.8, 0.7] * 2}}).verdict
+    def verdict(*positions):
+        return verdict_on_positions({
+            "s": 1, "layers": ["q"] * 4, "rates": {"full": [1.0] * 10},
+            "where": {"task-specific": positions,
+                      "of a Gaussian dW": [0.9, 0.9, 0.8, 0.7] * 2}}).verdict
     seen = [0.6, 0.7, 0.8, 0.9]
     assert verdict(*seen, *seen) == "seen"
     assert verdict(*seen, 0.7, 0.8, 0.9, 0.9) == "not seen"
@@ -154,7 +163,7 @@ def test_directions_at_the_very_smallest_values_are_not_what_was_claimed():
 
 def test_an_overlap_no_larger_than_that_of_the_smallest_values_is_none():
     def verdict(ranks, steps, layers):
-        return of_overlap({"ranks": {2: ranks}, "steps": {5: steps}, "by layer": {
+        return verdict_on_overlap({"ranks": {2: ranks}, "steps": {5: steps}, "by layer": {
             "LoRA": layers, "smallest sigma": [0.5] * 3, "chance": [0.1] * 3,
             "another seed of full": [0.7] * 3}}).verdict
     assert verdict([0.6, 0.6], [0.6], [0.5, 0.6, 0.7]) == "seen"
@@ -167,16 +176,17 @@ def test_a_slope_needs_its_sign_in_every_seed():
     def lines(*seeds, at_one_step=(-0.4, -0.1)):
         return {"lines": {"q": {"r": seeds[0], "r of each seed": seeds,
                                 "r of each step and seed": at_one_step}}}
-    full, lora, dora = of_slopes({"full": lines(-0.6, -0.1), "lora": lines(0.8, -0.1),
+    full, lora, dora = verdicts_on_slopes({"full": lines(-0.6, -0.1), "lora": lines(0.8, -0.1),
                                   "dora": lines(0.3, 0.2, at_one_step=[0.1])})
     assert [full.verdict, lora.verdict, dora.verdict] == ["seen", "not seen", "opposite"]
     assert full.here == ("query weights: r = -0.60, of a seed -0.60 to -0.10; at one step -0.25 on "
                          "average")
-    _, lora, _ = of_slopes({"full": lines(1), "lora": lines(0.8, 0.9), "dora": lines(1)})
+    _, lora, _ = verdicts_on_slopes({"full": lines(1), "lora": lines(0.8, 0.9), "dora": lines(1)})
     assert lora.verdict == "not seen"                       # not at one step
 
 
 # ---- the runs
+@pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS)
 def test_every_part_is_a_sweep_that_ablate_takes(part, capsys):
     for line in PARTS[part]:
@@ -187,7 +197,7 @@ def test_every_part_is_a_sweep_that_ablate_takes(part, capsys):
 def test_every_method_has_as_many_trials_of_its_choices():
     counts = set()
     for line in PARTS["choices"]:
-        args, _ = grid.parse(shlex.split(line))
+        args = parse_sweep(shlex.split(line))
         counts.add(len(grid.settings(args)))
     assert len(counts) == 1 and len(PARTS["choices"]) == len(METHODS) - 1      # full is at its best
 
@@ -198,14 +208,14 @@ MARKED = "a\n<!-- facts: begin -->\nold\n<!-- facts: end -->\nb\n"
 
 @pytest.fixture
 def page(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
     return tmp_path / PAGES["facts"]
 
 
 def test_a_table_is_replaced_between_its_marks(page):
     page.write_text(MARKED)
-    assert cut("facts")[1] == "old\n"
-    put("facts", "new\n")
+    assert split_page("facts")[1] == "old\n"
+    put_table("facts", "new\n")
     assert page.read_text() == MARKED.replace("old", "new")
 
 
@@ -214,8 +224,8 @@ def test_a_table_is_replaced_between_its_marks(page):
                                   .replace("x", "end")])
 def test_a_page_without_the_marks_is_refused(page, text):
     page.write_text(text)
-    with pytest.raises(claims.UserError, match="RESULTS.md: needs <!-- facts: begin -->"):
-        put("facts", "new\n")
+    with pytest.raises(UserError, match="RESULTS.md: needs <!-- facts: begin -->"):
+        put_table("facts", "new\n")
     assert page.read_text() == text
 
 
@@ -223,10 +233,13 @@ def train_one(folder: str, *flags: str) -> None:
     train.main([*SHORT.split(), "--out", f"runs/claims/{folder}", *flags])
 
 
-def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch, capsys):
+@pytest.mark.slow
+def test_writing_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch, capsys):
+    kept = "kept\n"
     for name, file in PAGES.items():
         with open(page.with_name(file), "a") as text:
-            text.write(f"<!-- {name}: begin -->\nkept\n<!-- {name}: end -->\n")
+            text.write(f"<!-- {name}: begin -->\n{HEAD if name == 'methods' else kept}"
+                       f"<!-- {name}: end -->\n")
     defaults = ("--methods lora,full --ranks 2 --seeds 0,1 --lrs 1e-3,1e-2 --search-seeds 0 "
                 f"{SHORT} --out runs/claims/defaults")
     monkeypatch.setattr(claims, "CHOICES", ["lora"])
@@ -247,18 +260,18 @@ def test_write_puts_runs_into_the_pages_and_leaves_other_parts(page, monkeypatch
     assert "s1: no finished run; first: python -m experiments.claims defaults" in said
     assert "lr0.03-s0: no finished run; first: python -m experiments.claims mini" in said
     assert "RESULTS.md: choices written\nRESULTS.md: defaults left as it was\n" in said
-    assert cut("defaults")[1] == "kept\n"
+    assert split_page("defaults")[1] == "kept\n"
     for method in (["full"], ["lora", "--rank", "2"]):
         for lr in ("0.001", "0.01"):                        # of which one was chosen
             train_one(f"defaults/facts-{method[0]}-{'r2-' * (len(method) > 1)}lr{lr}-s1",
                       "--method", *method, "--lr", lr, "--seed", "1")
     claims.main(["write"])
-    assert {cut(name)[1] for name in ("methods", "facts", "claims", "mini")} == {"kept\n"}
-    full, lora, _, note = cut("defaults")[1].splitlines()[2:]
+    assert {split_page(name)[1] for name in ("facts", "claims", "mini")} == {kept}
+    full, lora, _, note = split_page("defaults")[1].splitlines()[2:]
     assert full.startswith("| full |  | ") and lora.startswith("| lora | 2 | ")
     assert full.split(" | ")[3] == lora.split(" | ")[3] == "2"              # seeds
     assert note.startswith("Best at the lowest or highest rate tried: full, lora rank 2. Commit ")
-    row = cut("choices")[1].splitlines()[2]
+    row = split_page("choices")[1].splitlines()[2]
     assert row == "| `lora` | as it is 0.000; `--warmup=1` 0.000 |"
     (page.parent / "runs/claims/defaults/facts-full-lr0.01-s0/result.json").write_text("{")
     before = page.read_text()
@@ -278,20 +291,53 @@ def test_choices_are_in_order_bold_beyond_the_noise_of_the_method_as_it_is_and_t
     tried = {setting: best[setting] + runs(1, 0) + runs(2, 0) + runs(4, 0) for setting in best}
     text = ("`--init-std=2` **0.810 ± 0.010**^; as it is 0.510 ± 0.010; "
             "`--no-clip` 0.500 ± 0.000v")
-    assert claims.choices_of(tried, best) == {"method": "`lora`", "validation `new`": text}
-    assert claims.choices_of(best, best)["validation `new`"] == re.sub("[v^]", "", text)
+    assert row_of_choices(tried, best) == {"method": "`lora`", "validation `new`": text}
+    assert row_of_choices(best, best)["validation `new`"] == re.sub("[v^]", "", text)
 
 
-def test_the_table_of_methods_gets_scores_and_keeps_its_formulas(tmp_path):
-    for seed in "01":
-        train_one(f"facts/lora-{seed}", "--method", "lora", "--seed", seed)
-    rows = ("| method | update | file | trainable | n | p | k |\n|---|---|\n"
-            "| `lora` | B A | f | 1 | 2 | 3 | 4 |\n")
-    *head, lora = with_scores(rows, read_sweep("runs/claims/facts")).splitlines()
-    assert head == rows.splitlines()[:2]
-    assert lora.startswith("| `lora` | B A | f | 55,296 | 0.000 ± 0.000 | 0.000 ± 0.000 | ")
+def test_the_table_of_methods_keeps_formulas_and_numbers_and_gets_new_scores():
+    run = SimpleNamespace(result={"trainable": 12345, "after": {"new": 0.5, "kept": 0.25}})
+    old = HEAD + ("| `lora` | W0 + s B A | `lora.py` (1) | 1 | 2 | 3 |\n"
+                  "| `full` | all | | 4 | 5 | 6 |\n")
+    rows = table_of_methods(old, {"lora": [run]}).splitlines()
+    assert rows[:2] == HEAD.splitlines()
+    assert rows[2] == "| `full` | all | | 4 | 5 | 6 |"
+    length = len(Path(lora.__file__).read_text().splitlines())
+    assert rows[3] == f"| `lora` | W0 + s B A | `lora.py` ({length}) | 12,345 | 0.500 | 0.250 |"
+    assert len(rows) == 2 + len(METHODS)
+    assert table_of_methods("\n".join(rows), {}).splitlines() == rows       # and as it was
+
+
+def test_a_method_that_a_reader_adds_gets_its_row_from_its_file(monkeypatch):
+    class Mine(AdapterLinear):
+        """W' = W0 + diag(b) |B| A: A (rank, in)."""
+
+    monkeypatch.setitem(METHODS, "mine", Method(Mine, lr=1e-3))
+    row = table_of_methods(HEAD, {}).splitlines()[-1]
+    assert row.startswith("| `mine` | W0 + diag(b) ∣B∣ A | `test_claims.py` (")
+    assert row.endswith(") | not measured | not measured | not measured |")
+    assert equation_of(METHODS["lora"].layer) == "W0 + alpha/r * B A"
+    assert equation_of(METHODS["dora"].layer) == "m W / ‖W‖"
+    assert equation_of(METHODS["dash"].layer) == "W0 + alpha/r * B A + sum_i c_i u_i v_i'"
+
+
+@pytest.mark.slow
+def test_one_command_measures_a_method_and_another_writes_its_row(page, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "PLAIN_FLAGS", f"--lrs x1 --seeds 0,1 {SHORT}")
+    for name, file in PAGES.items():
+        with open(page.with_name(file), "a") as text:
+            text.write(f"<!-- {name}: begin -->\n{HEAD}<!-- {name}: end -->\n")
+    claims.main(["plain", "--methods", "dora", "--jobs", "2"])
+    assert "| dora | 8 |" in Path("runs/claims/plain/table.md").read_text()
+    claims.main(["write"])
+    said = capsys.readouterr().out
+    assert "first: python -m experiments.claims plain --methods lora+\n" in said
+    rows = {row.split("`")[1]: row for row in split_page("methods")[1].splitlines()[2:]}
+    assert "| 58,752 | 0.000 ± 0.000 |" in rows["dora"] and "not measured" in rows["lora"]
 
 
 def test_a_part_that_does_not_exist_is_refused_with_the_nearest(capsys):
+    assert "part plain alone" in refused(capsys, "facts", "--methods", "lora", main=claims.main)
+    assert "did you mean dora?" in refused(capsys, "plain", "--methods", "dra", main=claims.main)
     assert "did you mean facts?" in refused(capsys, "fact", main=claims.main)
     assert not Path("runs").exists()

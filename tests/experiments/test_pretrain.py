@@ -60,13 +60,13 @@ def test_no_two_tokens_of_the_base_are_alike(base):
     assert cosines.max() < 0.95
 
 
-def test_parts_hold_every_sequence_once_with_little_padding():
+def test_groups_hold_every_sequence_once_with_little_padding():
     rng = random.Random(0)
     sequences = [Sequence([i] * (5 + int(rng.random() ** 3 * 200)), 1) for i in range(150)]
-    parts = pretrain.parts(sequences)
-    assert sorted(s.tokens[0] for part in parts for s in part) == list(range(150))
-    padded = sum(len(part) * max(len(s.tokens) for s in part) for part in parts)
-    assert padded < 1.3 * sum(len(s.tokens) for s in sequences) and len(parts) < 20
+    groups = pretrain.groups_by_length(sequences)
+    assert sorted(s.tokens[0] for group in groups for s in group) == list(range(150))
+    padded = sum(len(group) * max(len(s.tokens) for s in group) for group in groups)
+    assert padded < 1.3 * sum(len(s.tokens) for s in sequences) and len(groups) < 20
 
 
 def test_the_rate_rises_then_falls_to_a_tenth():
@@ -84,7 +84,7 @@ def test_the_text_depends_on_the_step_and_counts_answers_only(base, monkeypatch)
         return documents(world, rng, n, mix)
 
     monkeypatch.setattr(pretrain, "documents", spy)
-    one, again, later, other = (pretrain.text(World(), tokenizer, seed, step) for seed, step in
+    one, again, later, other = (pretrain.text_of_step(World(), tokenizer, seed, step) for seed, step in
                                 ((0, pretrain.START_STEPS - 1), (0, pretrain.START_STEPS - 1),
                                  (0, pretrain.START_STEPS), (1, pretrain.START_STEPS)))
     assert mixes == [START, START, MIX, MIX] and one == again and later != other
@@ -105,7 +105,7 @@ def test_a_step_is_adamw_on_the_text_s_loss_and_the_drills(base, tmp_path, monke
     pretrain.init_weights(model, 0)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
     for step, rate in ((0, 2e-5), (1, 4e-5)):
-        tokens, is_target = collate(pretrain.text(World(), tokenizer, 0, step))
+        tokens, is_target = collate(pretrain.text_of_step(World(), tokenizer, 0, step))
         loss = cross_entropy(model, tokens, is_target)
         if step == 0:
             loss = loss + 0.3 * sum(cross_entropy(model, *drill) for drill in pretrain.drills(0, 0))
@@ -142,7 +142,7 @@ def test_the_report_covers_every_kind_and_gives_no_answer_away(base, monkeypatch
 
 def test_the_tokenizer_that_ships_is_the_one_this_text_gives(tmp_path):
     world = World()
-    ranks = pretrain.pieces(world)
+    ranks = pretrain.learn_pieces(world)
     save_ranks(ranks, tmp_path / "base.tiktoken")
     assert (BASE / "base.tiktoken").read_bytes() == (tmp_path / "base.tiktoken").read_bytes()
     for word in {word for fact in world.facts for word in fact.value.split()}:
@@ -156,7 +156,7 @@ def test_a_stopped_run_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "report", lambda *_: {})
     flags = ["--steps", "4", "--seed", "3", "--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
-    real, calls = pretrain.text, []
+    real, calls = pretrain.text_of_step, []
 
     def stops(*args):
         calls.append(args)
@@ -164,7 +164,7 @@ def test_a_stopped_run_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(pretrain, "text", stops)
+    monkeypatch.setattr(pretrain, "text_of_step", stops)
     with pytest.raises(SystemExit):
         pretrain.main([*flags, str(tmp_path / "stopped")])
     assert not (tmp_path / "stopped" / "model.safetensors").exists()

@@ -42,7 +42,7 @@ def test_every_method_with_a_hook_of_its_own_is_named_under_it(hook):
 
 
 def test_the_step_has_the_order_of_the_loop():
-    calls = {"loss": "loss_of(", "backward": "backward()", "extra_loss": "extra_loss(",
+    calls = {"loss": "task.loss(", "backward": "backward()", "extra_loss": "extra_loss(",
              "clip": "clip_grad_norm_(", "optimizer.step": "optimizer.step()",
              "on_step": "on_step(", "zero_grad": "zero_grad()"}
     loop, place = inspect.getsource(train.fit), 0
