@@ -14,7 +14,7 @@ from support.files import atomic_write
 from support.run import ROOT
 
 # The page of each table. A table in RESULTS.md has the name of the part whose runs it shows.
-PAGES = {"methods": "README.md", "claims": "README.md", "facts": "RESULTS.md",
+PAGES = {"methods": "README.md", "claims": "RESULTS.md", "facts": "RESULTS.md",
          "mini": "RESULTS.md", "choices": "RESULTS.md", "defaults": "RESULTS.md"}
 NOT_MEASURED = "not measured"
 

@@ -42,8 +42,8 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, facts:
             print(f"{name}: {task.notes[name]}")
     large = not ships(args.model) and args.lr == METHODS[args.method].large_lr
     whose = f" ({METHODS[args.method].large_lr_from} for large models)" if large else ""
-    print(f"{args.steps} steps of {args.batch_size}, learning rate {args.lr:g}{whose} after "
-          f"{args.warmup} steps of rise, seed {args.seed}, {args.dtype}, {args.device}"
+    print(f"{args.steps} steps of {args.batch_size}, peak learning rate {args.lr:g}{whose} reached "
+          f"after {args.warmup} steps, seed {args.seed}, {args.dtype}, {args.device}"
           + (f", {process_count()} processes" if process_count() > 1 else ""))
 
 

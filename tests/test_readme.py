@@ -1,6 +1,8 @@
 """What README.md and RESULTS.md say that a test can hold."""
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +17,27 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def code_under(heading: str) -> str:
+def code_under(heading: str, place: int = 0) -> str:
     section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.search(r"```python\n(.*?)```", section, re.S).group(1)
+    return re.findall(r"```python\n(.*?)```", section, re.S)[place]
+
+
+@pytest.mark.parametrize("place, file", [(0, "lora.py"), (1, "train.py")])
+def test_what_is_quoted_from_a_file_stands_there_in_this_order(place, file):
+    text, at = (ROOT / file).read_text(encoding="utf-8"), 0
+    for line in code_under("Read the code in this order", place).splitlines():
+        at = text.index(line.split("   #")[0].strip(), at)
+
+
+@pytest.mark.slow
+def test_the_loop_of_one_s_own_trains_every_method(tmp_path):
+    code = code_under("Your own model and data").replace("data/base", str(ROOT / "data" / "base"))
+    for method in METHODS:
+        own = code.replace('"dual"', repr(method)) + "\nassert loss < 1, loss"
+        done = subprocess.run([sys.executable, "-c", own], cwd=tmp_path, capture_output=True,
+                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "adapter.safetensors").exists()
 
 
 @pytest.mark.slow
@@ -45,6 +65,26 @@ def test_the_method_added_in_25_lines_trains_saves_and_merges(tmp_path):
     assert result["method"] == "vera" and result["trainable"] == 4 * (5 * 4 + 4 * 128 + 352)
     with pytest.raises(UserError, match="method vera: not in methods.METHODS"):  # not here
         read_config(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_method_added_in_25_lines_passes_all_tests_of_methods_as_it_stands(tmp_path):
+    for name in ("data", "formats", "support", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in (*ROOT.glob("*.py"), ROOT / "pytest.ini"):
+        shutil.copy(file, tmp_path)
+    own = code_under("Add your own method in 25 lines")
+    own = own[:own.index("methods.METHODS")].replace("import methods\n", "")
+    (tmp_path / "vera.py").write_text(own)
+    table = (tmp_path / "methods.py").read_text()
+    for old, new in (("from support.errors", "from vera import VeRALinear\nfrom support.errors"),
+                     ("METHODS = {\n", 'METHODS = {\n    "vera": Method(VeRALinear, 5e-2),\n')):
+        assert table.count(old) == 1
+        table = table.replace(old, new)
+    (tmp_path / "methods.py").write_text(table)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/methods", "-k", "vera"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.parametrize("name", METHODS)
