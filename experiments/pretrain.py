@@ -33,8 +33,10 @@ from data.mini import MATCH, splits
 from data.task import Example, Sequence, collate, encode, recall, target_loss
 from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze, documents, pick_one,
                         question)
+from formats.bpe_files import save_ranks
+from formats.bpe_training import train_bpe
 from formats.checkpoint import save_pretrained
-from formats.tokenizer import load_tokenizer, save_ranks, train_bpe
+from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, exit_on_user_error
 from support.files import atomic_write

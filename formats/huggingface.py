@@ -6,7 +6,6 @@ named tensors. checkpoint.py reads and writes whole ones, peft.py adapters.
     2. config    config.json <-> Config; whatever would be computed otherwise here is refused
     3. files     names, shapes and dtypes, before any tensor is read
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from formats.reading import read_json, read_json_if_there
 from model import Config
 from support.errors import UserError, refuse_not_finite
 
@@ -132,22 +132,10 @@ def is_conv1d(full: str) -> bool:
 
 # ---- 2. config
 
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
-    return raw
-
-
 def read_config(folder: Path) -> tuple[Config, torch.dtype | None]:
     """-> the folder's Config, and the dtype where its config.json names one."""
     path, extra = folder / "config.json", folder / "generation_config.json"
-    raw, generation = read_json(path), read_json(extra) if extra.exists() else {}
+    raw, generation = read_json(path), read_json_if_there(extra)
     try:
         config = parse_config(raw)
         name = raw.get("dtype") or raw.get("torch_dtype")           # since transformers 5; before

@@ -28,7 +28,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from formats.huggingface import FAMILIES, places, read_json, some, stored_in
+from formats.huggingface import FAMILIES, places, some, stored_in
+from formats.reading import read_json
 from methods import adapters, inject
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write

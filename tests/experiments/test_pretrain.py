@@ -10,8 +10,8 @@ from conftest import BASE
 from data.task import Scores, Sequence, collate
 from data.world import MIX, START, World, documents
 from experiments import pretrain
+from formats.bpe_files import save_ranks
 from formats.checkpoint import load_pretrained
-from formats.tokenizer import save_ranks
 from model import Transformer
 
 pytestmark = pytest.mark.slow
