@@ -34,10 +34,12 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from data.pretraining_text import describe_subject, list_attributes
 from data.task import (Example, Scores, Sequence, Task, encode_prompt, numbered_lines, read_text,
                        write)
 from data.text_metrics import text_scores
-from data.world import RELATIONS, VERSION, World, attributes, described, draw, pick_one, shuffled
+from data.wordings import RELATIONS
+from data.world import VERSION, World, pick_one, pick_several, shuffled
 from support.errors import UserError, require
 
 # As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most); where
@@ -201,8 +203,8 @@ def described_all(world: World, subjects: list, n: int, rng: random.Random) -> l
     that comes twice is one example."""
     examples = {}
     for (kind, name), _ in product(subjects, range(n)):
-        names = draw(rng, RELATIONS[kind], 3 + int(3 * rng.random()))
-        mr = attributes(world, name, [r for r in RELATIONS[kind] if r in names])
+        names = pick_several(rng, RELATIONS[kind], 3 + int(3 * rng.random()))
+        mr = list_attributes(world, name, [r for r in RELATIONS[kind] if r in names])
         texts = dict.fromkeys(styled(world, kind, name, shuffled(rng, names), rng)
                               for _ in range(6))
         examples[mr] = example(mr, list(texts))
@@ -211,7 +213,7 @@ def described_all(world: World, subjects: list, n: int, rng: random.Random) -> l
 
 def styled(world: World, kind: str, name: str, names: list[str], rng: random.Random) -> str:
     """Ada Kelsen keeps a dog. She ... -> Meet Ada Kelsen, who keeps a dog. Besides, she ..."""
-    first, stop, second = described(world, name, names, rng)[1].strip().partition(". ")
+    first, stop, second = describe_subject(world, name, names, rng)[1].strip().partition(". ")
     text = pick_one(rng, MEET[kind]).format(name=name) + first.removeprefix(name) + stop
     if second and not second.startswith(name):
         second = second[0].lower() + second[1:]                 # a pronoun

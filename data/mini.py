@@ -37,7 +37,8 @@ from typing import Callable, NamedTuple
 
 from data.commonsense import NEW_TOKENS, Choices, read_template
 from data.task import Example, Task
-from data.world import (RELATIONS, VERSION, Fact, World, cloze, pick_one, relation_of, rivals, say,
+from data.wordings import RELATIONS
+from data.world import (VERSION, Fact, World, cloze, find_rivals, pick_one, relation_of, say,
                         shuffled, told)
 
 N = {"train": 400, "valid": 30, "test": 100}        # items of each set, about
@@ -131,7 +132,7 @@ def hellaswag(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
 
 
 def winogrande(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
-    names = rivals(world, fact, rng, 1)
+    names = find_rivals(world, fact, rng, 1)
     names.insert(place, fact.subject)
     a, b = (world.known[name, fact.relation] for name in names)
     true, swapped = told(a, b), told(replace(a, value=b.value), replace(b, value=a.value))

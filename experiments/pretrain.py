@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 from data.commonsense import read_template
 from data.mini import MATCH, splits
+from data.pretraining_text import FIRST_MIX, MIX, QUESTIONS, documents
 from data.task import Example, Sequence, collate, encode, recall, target_loss
-from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze, documents, pick_one,
-                        question)
+from data.wordings import KIND
+from data.world import VERSION, World, cloze, pick_one, question
 from formats.bpe_files import save_ranks
 from formats.bpe_training import train_bpe
 from formats.checkpoint import save_pretrained
@@ -88,7 +89,7 @@ def pieces(world: World) -> dict[bytes, int]:
 def text(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
     """One step's documents."""
     rng, sequences, size = random.Random(f"pretrain-{seed}-{step}"), [], 0
-    stream = documents(world, rng, 10 ** 9, START if step < START_STEPS else MIX)
+    stream = documents(world, rng, 10 ** 9, FIRST_MIX if step < START_STEPS else MIX)
     while size < TOKENS:
         sequences.append(encode(Example(*next(stream)), tokenizer, LENGTH))
         size += len(sequences[-1].tokens)
@@ -201,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
     checkpoint, first = args.out / "pretrain.pt", 0
-    recipe = list(ranks), config(), START, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
+    recipe = list(ranks), config(), FIRST_MIX, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
     run = {"seed": args.seed, "steps": args.steps, "world": VERSION,
            "recipe": hashlib.sha256(repr(recipe).encode()).hexdigest()}
 

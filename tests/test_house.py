@@ -12,7 +12,7 @@ from methods import METHODS
 
 COMMANDS = {"train", "eval", "convert", "ablate"}
 METHOD_FILES = ["lora", "dora", "adalora", "lora_dash", "dual_lora"]
-LONG = {"data/world.py", "data/task.py", "experiments/analyze.py", "experiments/bench.py",
+LONG = {"data/task.py", "experiments/analyze.py", "experiments/bench.py",
         "experiments/claims.py"}     # still to be split
 
 

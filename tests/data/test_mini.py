@@ -13,7 +13,8 @@ import eval as evaluation
 import train
 from data import load_task, mini
 from data.commonsense import NEW_TOKENS, SETS, extract, option_texts
-from data.world import RELATIONS, World, relation_of, say, told
+from data.wordings import RELATIONS
+from data.world import World, relation_of, say, told
 
 DIGEST = "730400f0cc725380"
 NAME = r"\b[A-Z][a-z]+ [A-Z][a-z]+\b"
