@@ -221,6 +221,18 @@ def test_tensors_that_do_not_fit_are_refused(change, said, tmp_path):
         import_peft(fresh(family), tmp_path)
 
 
+def test_a_value_that_overflows_is_refused_and_the_model_is_as_it_was(tmp_path):
+    family, _ = their_adapters("plain", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t.double() * 1e39 for name, t in load_file(file).items()}, file)
+    model = fresh(family)
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down\.A"):
+        import_peft(model, tmp_path)
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    inject(model, "lora", ["q"])                            # so it has not been injected
+
+
 def test_what_peft_has_no_form_for_is_refused(tmp_path):
     with pytest.raises(UserError, match="full trains the weights themselves"):
         export_peft(inject(fresh("gpt2"), "full"), tmp_path / "x")
