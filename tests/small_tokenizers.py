@@ -20,7 +20,6 @@ from formats.bpe_files import LLAMA3_NAMES, save_ranks
 from formats.bpe_training import train_bpe
 from formats.tokenizer import load_tokenizer
 
-from support.errors import UserError
 
 CORPUS = ("The mayor's house isn't far; they'll say it's 12345 steps, I'VE counted.\n\n"
           "def area(r):\n    return 3.14159 * r ** 2  # naïve\n\tpass\n"

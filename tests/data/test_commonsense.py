@@ -170,7 +170,7 @@ def test_a_merged_training_file_is_used_alone(base, tmp_path):
 
 def test_scores_and_texts_are_the_same_for_every_batch_size_greedy_and_with_beams(base, tmp_path):
     model, tokenizer = base
-    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=6)
+    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=3)
     for beams in (1, 3):
         task = load_task("commonsense", tokenizer, 128, data_dir=folder, beams=beams)
         assert score(model, tokenizer, task, batch_size=1) == score(model, tokenizer, task)
@@ -200,7 +200,8 @@ def test_merging_changes_no_score(tmp_path, method):
     inject(model, method, ["q", "v"], **({"update_warmup": 0} if method == "dual" else {}))
     for layer in adapters(model).values():
         torch.nn.init.normal_(layer.B, std=0.05)
-    task = load_task("commonsense", tokenizer, 128, data_dir=folder_of(tmp_path, ["boolq", "piqa"]))
+    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=4)
+    task = load_task("commonsense", tokenizer, 128, data_dir=folder)
     assert score(model, tokenizer, task) == score(merge(model), tokenizer, task)
 
 
@@ -244,6 +245,7 @@ def test_folders_without_sets_or_training_data_are_refused(base, tmp_path):
 
 
 @needs(REAL)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_every_real_gold_output_is_parsed_and_right(name):
     if not (REAL / name).exists():
@@ -257,6 +259,7 @@ def test_every_real_gold_output_is_parsed_and_right(name):
 
 
 @needs(REAL)
+@pytest.mark.slow
 def test_the_real_folder_loads_whole(base):
     task = load_task("commonsense", base[1], 256, data_dir=str(REAL))
     counts = {name: sum(e.group == name for e in task.test) for name in SETS.values()}

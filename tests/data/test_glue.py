@@ -314,7 +314,8 @@ def test_scores_do_not_depend_on_the_batch_size(name, base, tmp_path):
 
 
 @pytest.mark.parametrize("name, metrics", [("cola", {"matthews", "accuracy"}),
-                                           ("stsb", {"pearson", "spearman"})])
+                                           pytest.param("stsb", {"pearson", "spearman"},
+                                                        marks=pytest.mark.slow)])
 def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, tmp_path,
                                                                 monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -335,6 +336,7 @@ def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, t
 # ---- the real files
 
 @needs(REAL)
+@pytest.mark.slow
 @pytest.mark.parametrize("name, folder, sizes", [("cola", "CoLA", (8551, 527, 516)),
                                                  ("stsb", "STS-B", (5749, 1500, 1379))])
 def test_the_real_sets_are_read_whole(name, folder, sizes):

@@ -274,8 +274,8 @@ def runs(tmp_path_factory):
     """A run of a few steps of each method, on the base that ships."""
     top = tmp_path_factory.mktemp("runs")
     for method in METHODS:
-        train.main(["--method", method, "--steps", "4", "--batch-size", "8", "--max-eval", "3",
-                    "--out", str(top / method)])
+        train.main(["--method", method, "--steps", "4", "--batch-size", "4", "--max-eval", "3",
+                    "--skip-before", "--out", str(top / method)])
     return top
 
 
