@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import CONFIGS, VOCAB, checkpoint
 
-from generate import forbid_repeats, generate, left_pad, sample
+from generate import draw_tokens, forbid_repeats, generate, left_pad
 from model import Config, Transformer
 from support.errors import UserError
 
@@ -202,7 +202,8 @@ def drawn(probabilities, top_p, temperature=1.0, times=2000) -> list[int]:
     """How often each token is drawn."""
     chance = torch.Generator().manual_seed(0)
     logits = fixed(probabilities).expand(times, -1)
-    return sample(logits, temperature, top_p, chance).bincount(minlength=logits.shape[1]).tolist()
+    tokens = draw_tokens(logits, temperature, top_p, chance)
+    return tokens.bincount(minlength=logits.shape[1]).tolist()
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it():
