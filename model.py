@@ -115,7 +115,7 @@ def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair a = x[i], b = x[i + D/2]: a cos - b sin, b cos + a sin.
+    """Turns each pair a = x[i], b = x[i + D/2] into a cos - b sin, b cos + a sin.
 
     x is (B, H, T, D). cos and sin hold the same values in both halves, but sin is negative in the
     first. Hugging Face's files pair the coordinates in this way.
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         """Mixes the tokens of each sequence: x (B, T, C) -> (B, T, C).
 
         rope: cos and sin for rotate(), None for GPT-2. mask: (B, 1, T, S), True where a query may
-        look; None lets each look at all tokens up to itself.
+        look. None lets each look at all tokens up to itself.
         """
         c, (B, T, _) = self.config, x.shape
         q = self.q(x).view(B, T, c.n_heads, c.head_dim)
@@ -308,5 +308,5 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:
-        """Computes logits (B, T, vocab_size); the arguments are those of hidden()."""
+        """Computes the logits (B, T, vocab_size). The arguments are those of hidden()."""
         return self.logits(self.hidden(tokens, mask, cache))

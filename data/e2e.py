@@ -10,7 +10,7 @@ has 0.1), and it clips gradients at 1 (LoRA's code does not). Each validation wr
 all the beams. --max-eval 100 makes it quicker.
 
 `e2e` is the E2E NLG challenge (Novikova et al. 2017): restaurants with up to 8 attributes. DIR
-holds one of these sets of files; if it holds both, the first is read.
+holds one of these sets of files. If it holds both, the first is read.
     train.txt, valid.txt, test.txt               lines `meaning representation||reference`, as in
                                                  microsoft/LoRA: texts with a space before each stop
     trainset.csv, devset.csv, testset_w_refs.csv     the challenge's own, columns mr and ref
@@ -50,8 +50,8 @@ NEW_TOKENS = 64
 LENGTH_PENALTY = 0.9
 
 PACKAGES = ("sacrebleu", "nltk", "rouge_score")          # of the metrics
-FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
-         "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
+CHALLENGE_FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
+                   "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
 # The attributes whose names differ between the challenge's files and LoRA's.
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
@@ -92,11 +92,12 @@ def load(tokenizer, max_length: int, data_dir: str, beams: int = 1) -> Task:
     """
     require(*PACKAGES)
     folder = Path(data_dir)
-    kind = next((kind for kind, names in FILES.items() if (folder / names[0]).exists()), None)
+    kind = next((kind for kind, names in CHALLENGE_FILES.items()
+                 if (folder / names[0]).exists()), None)
     if kind is None:
         raise UserError(f"--data-dir {folder}: holds neither train.txt nor trainset.csv")
     read = {"txt": read_txt, "csv": read_csv}[kind]
-    splits = [read(folder / name) for name in FILES[kind]]
+    splits = [read(folder / name) for name in CHALLENGE_FILES[kind]]
     train = [example(mr, [text], source) for mr, text, source in splits[0]]
     new = max(NEW_TOKENS, 1 + max(len(tokenizer.encode(e.target)) for e in train))
     return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), max_length, beams=beams,
@@ -110,6 +111,7 @@ def example(mr: str, texts: list[str], source: str = "") -> Example:
 
 
 class Row(NamedTuple):
+    """Holds one line or record of a file."""
     mr: str             # the meaning representation
     text: str           # a reference
     source: str         # file and line

@@ -1,7 +1,7 @@
 """Writes the text about the built-in world that the base model is pretrained on.
 
     documents(world, random.Random("text"), 1000)         an iterator of 1,000 documents
-A document is a pair (prompt, target); both together are the text. Plain text has an empty prompt.
+A document is a pair (prompt, target). Both together are the text. Plain text has an empty prompt.
 Some answers take more than a fact looked up. Such an answer states its reason first:
 "Mara Tolvik lives in Brenham, so no."
 """
@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Iterator
 
-from data.wordings import LABELS, PLURAL, RELATIONS, SO, WHO
+from data.wordings import CHOICE_LABELS, PLURAL, RELATIONS, SO, WHO
 from data.world import (Fact, World, ask, find_rivals, pick_one, pick_several, question,
                         relation_of, say, shuffled, told)
 
@@ -169,7 +169,7 @@ def ask_choice(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
     """
     wrong = pick_several(rng, world.wrong(fact), 1 + int(3 * rng.random()))
     values = shuffled(rng, [fact.value, *wrong])
-    labels = pick_one(rng, LABELS)
+    labels = pick_one(rng, CHOICE_LABELS)
     text = say(pick_one(rng, relation_of(fact).questions), fact)
     lines = [f"\n{label.capitalize()}: {value}" for label, value in zip(labels, values)]
     return ask_with_reason(text + "".join(lines), [fact], labels[values.index(fact.value)], rng)
@@ -185,7 +185,7 @@ def ask_two_hop(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]
 
 
 # ---- documents
-PLAIN = {"fact": write_statement, "profile": write_profile}
+PLAIN_TEXT = {"fact": write_statement, "profile": write_profile}
 QUESTIONS = {       # kind -> its maker, and the list of the world's facts that it is made on
     "listed": (describe_some, "asked"), "ask": (ask_value, "asked"),
     "yes_no": (ask_yes_no, "asked"), "same": (ask_same, "shared"), "which": (ask_which, "asked"),
@@ -194,8 +194,9 @@ QUESTIONS = {       # kind -> its maker, and the list of the world's facts that 
 
 
 def write_document(world: World, kind: str, rng: random.Random) -> tuple[str, str]:
-    if kind in PLAIN:
-        return "", PLAIN[kind](world, rng)
+    """Writes one document of the kind: (prompt, target)."""
+    if kind in PLAIN_TEXT:
+        return "", PLAIN_TEXT[kind](world, rng)
     make, facts = QUESTIONS[kind]
     return make(world, pick_one(rng, getattr(world, facts)), rng)
 

@@ -1,6 +1,6 @@
 """Lists the words of the built-in world: names, values, and how each relation is worded.
 
-Nothing here is drawn or computed; data/world.py makes facts of these tables, and sentences.
+Nothing here is drawn or computed. data/world.py makes facts and sentences from these tables.
 """
 from dataclasses import dataclass
 
@@ -326,5 +326,5 @@ PLURAL = {"is": "are", "was": "were", "has": "have"}    # after "they"; other ve
 
 # The words between the reason of an answer and the answer itself; the labels of listed values.
 SO = (", so", ", so", ", so", ", so the answer is")
-LABELS = ("A B C D".split(), "1 2 3 4".split(), "line1 line2 line3 line4".split(),
-          "item1 item2 item3 item4".split())
+CHOICE_LABELS = ("A B C D".split(), "1 2 3 4".split(), "line1 line2 line3 line4".split(),
+                 "item1 item2 item3 item4".split())

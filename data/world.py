@@ -45,6 +45,7 @@ def pick_several(rng: random.Random, items, n: int) -> list:
 
 
 def shuffled(rng: random.Random, items) -> list:
+    """Returns the items in random order, by nothing but rng.random()."""
     return sorted(items, key=lambda _: rng.random())
 
 
@@ -54,7 +55,7 @@ def relation_of(fact: Fact) -> Relation:
 
 
 class World:
-    """Holds the facts of one seed; `facts` is ordered by kind, subject and relation."""
+    """Holds the facts of one seed. `facts` is ordered by kind, subject and relation."""
 
     def __init__(self, seed: int = 0, people: int = 400, places: int = 60):
         rng = random.Random(f"world {VERSION} {seed}")
@@ -143,7 +144,7 @@ def find_rivals(world: World, fact: Fact, rng: random.Random, n: int) -> list[st
 
 # ---- sentences and questions on one fact
 def say(template: str, fact: Fact, subject: str = "") -> str:
-    """Fills the template in; `subject` stands for the fact's own."""
+    """Fills the template in, and begins it with a capital. `subject` replaces the fact's own."""
     text = template.format(subject=subject or fact.subject, value=fact.value)
     return text[0].upper() + text[1:]
 
@@ -161,6 +162,7 @@ def told(*facts: Fact) -> str:
 
 
 def ask(text: str, answer: str) -> tuple[str, str]:
+    """Makes a prompt of the question, and a target of the answer."""
     return f"Question: {text}\nAnswer:", f" {answer}."
 
 

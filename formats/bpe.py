@@ -89,7 +89,7 @@ class BPETokenizer(Tokenizer):
 
 
 def to_bytes(token: str) -> bytes | None:
-    """Converts a token as vocab.json writes it; None if it is not written that way."""
+    """Converts a token from vocab.json's spelling, or returns None if it is not spelt that way."""
     try:
         return token.translate(_BYTE_OF).encode("latin-1")
     except UnicodeEncodeError:

@@ -22,11 +22,13 @@ def train_bpe(text: str, vocab_size: int) -> dict[bytes, int]:
     copies, count, holders = list(frequency.values()), Counter(), defaultdict(set)
 
     def tally(w: int, sign: int) -> None:
+        """Counts the pairs of word w, or takes them off the count."""
         for pair in zip(words[w], words[w][1:]):
             count[pair] += sign * copies[w]
             holders[pair].add(w) if sign > 0 else holders[pair].discard(w)
 
     def first_place(pair: tuple[bytes, bytes]) -> tuple[int, int]:
+        """Finds the first word that holds the pair, and the pair's place in it."""
         w = min(holders[pair])
         return w, list(zip(words[w], words[w][1:])).index(pair)
 

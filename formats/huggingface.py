@@ -4,7 +4,7 @@ A checkpoint is a folder. Its config.json tells the shape of the model. Its *.sa
 pytorch_model.bin) hold named tensors. checkpoint.py reads and writes whole checkpoints, peft.py
 adapters.
     1. tables    of each family: tensor names there -> here, keys of config.json -> Config fields
-    2. config    config.json <-> Config; a model that model.py would compute otherwise is refused
+    2. config    config.json <-> Config, and what model.py cannot compute
     3. files     the names, shapes and dtypes of tensors, before any tensor is read
 """
 from dataclasses import dataclass
@@ -85,6 +85,7 @@ class Family:
 
 
 def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
+    """Makes a family with LLaMA's names, keys and common defaults."""
     common = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
               "eos_token_id": None, "pad_token_id": None}
@@ -310,6 +311,7 @@ class Stored:
         return tensor
 
     def values(self) -> Tensor:
+        """Reads the tensor, whatever it holds."""
         if self.kept is not None:
             return self.kept
         if self.path.suffix != ".safetensors":

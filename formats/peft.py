@@ -120,7 +120,7 @@ def modules_of(model) -> dict[str, list[str]]:
 
 @torch.no_grad()
 def as_lora(layer, method: str, rank: int | None) -> Update:
-    """Writes the layer's update as a LoRA; `rank` is for Dual LoRA."""
+    """Writes the layer's update as a LoRA. `rank` is for Dual LoRA."""
     if method == "adalora":
         kept = layer.lam.nonzero()[:, 0]
         kept = kept if len(kept) else kept.new_zeros(1)             # PEFT has no rank 0
@@ -140,7 +140,7 @@ def as_lora(layer, method: str, rank: int | None) -> Update:
 def fused(parts: dict[int, Update], layers: list) -> Update:
     """Joins the updates of a module that computes several layers.
 
-    layers: all layers of the module. parts: place among them -> update; some may have none.
+    layers: all layers of the module. parts: place among them -> update, if it has one.
     """
     if len(layers) == 1:
         return parts[0]

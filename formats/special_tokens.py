@@ -2,7 +2,7 @@
 
 A tokenizer learns its tokens from text. Others are added to it by hand: <|endoftext|>, or the
 marks of a chat. They are matched as they stand, before the text between them is tokenized.
-Several files may name them, and may disagree; build_tokenizer() says which of them counts.
+Several files may name them, and may disagree. build_tokenizer() says which file counts.
 """
 from pathlib import Path
 from typing import Callable, Iterable
@@ -16,7 +16,7 @@ ROLES = ("bos", "eos", "pad")
 
 
 class Tokenizer:
-    """Encodes and decodes added tokens; a subclass does the text between them.
+    """Encodes and decodes added tokens, and leaves the text between them to a subclass.
 
     path: the vocabulary's file, for messages. added: text -> id. size: every other id is below it.
     vocab_size: every id is below it. bos, eos, pad: ids, or None. A subclass has

@@ -155,8 +155,8 @@ WORDS = SimpleNamespace(encode=str.split)        # a tokenizer, as far as readin
 
 def folder_of(path: Path, txt: dict | None = None, csv: dict | None = None) -> str:
     """The three files of either kind; txt and csv replace the content of some."""
-    for files, default, names in ((txt, TXT, e2e.FILES["txt"]), (csv, CSV, e2e.FILES["csv"])):
-        for name in names if files is not None else ():
+    for files, default, kind in ((txt, TXT, "txt"), (csv, CSV, "csv")):
+        for name in e2e.CHALLENGE_FILES[kind] if files is not None else ():
             path.joinpath(name).write_bytes(files.get(name, default).encode())
     return str(path)
 
@@ -167,7 +167,7 @@ def load(folder: str):
 
 def test_txt_lines_become_pairs_to_learn_and_groups_to_score(tmp_path):
     lines = "name : A||One .\n\nname : B||Two .\nname : A||Three  words . \n"
-    task = load(folder_of(tmp_path, {name: lines for name in e2e.FILES["txt"]}))
+    task = load(folder_of(tmp_path, {name: lines for name in e2e.CHALLENGE_FILES["txt"]}))
     assert [(e.prompt, e.target) for e in task.train] == [
         ("name : A\nDescription:", " One ."), ("name : B\nDescription:", " Two ."),
         ("name : A\nDescription:", " Three words .")]

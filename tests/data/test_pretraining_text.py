@@ -1,4 +1,4 @@
-"""The text for pretraining: true, right answers, nothing to guess by, nobody untaught asked about."""
+"""The text for pretraining is true, its answers are right, and there is nothing to guess by."""
 import random
 import re
 from collections import Counter
@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 
 from data import pretraining_text
-from data.pretraining_text import (FIRST_MIX, MIX, PLAIN, QUESTIONS, ask_choice, ask_same,
+from data.pretraining_text import (FIRST_MIX, MIX, PLAIN_TEXT, QUESTIONS, ask_choice, ask_same,
                                    ask_two_hop, ask_value, ask_which, ask_yes_no,
                                    describe_subject, documents)
-from data.wordings import LABELS, RELATIONS
+from data.wordings import CHOICE_LABELS, RELATIONS
 from data.world import (World, find_rivals, pick_one, pick_several, question, relation_of, say,
                         told)
 
@@ -68,7 +68,7 @@ def test_a_choice_has_one_right_value_at_a_uniform_place(world):
         lines = re.findall(r"^(\w+): (.+)$", prompt.split("?\n")[1].removesuffix("\nAnswer:"), re.M)
         labels, values = zip(*lines)
         assert any([label.lower() for label in all_labels[:len(values)]]
-                   == [label.lower() for label in labels] for all_labels in LABELS)
+                   == [label.lower() for label in labels] for all_labels in CHOICE_LABELS)
         assert set(values) <= set(world.options(fact.relation)) - {fact.subject}
         assert len(set(values)) == len(values) and values.count(fact.value) == 1
         place = values.index(fact.value)
@@ -153,7 +153,7 @@ def test_documents_are_plain_ascii_of_bounded_length(texts):
 def test_documents_are_mixed_as_told(world, monkeypatch, mix):
     monkeypatch.setattr(pretraining_text, "write_document", lambda world, kind, rng: kind)
     kinds = Counter(documents(world, random.Random(0), 20000, mix))
-    assert set(kinds) == set(mix) <= PLAIN.keys() | QUESTIONS.keys()
+    assert set(kinds) == set(mix) <= PLAIN_TEXT.keys() | QUESTIONS.keys()
     for kind, weight in mix.items():
         assert abs(kinds[kind] / 20000 - weight / sum(mix.values())) < 0.015
 
