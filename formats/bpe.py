@@ -15,7 +15,7 @@ from typing import Iterable
 import regex
 import tiktoken
 
-from formats.reading import expected_layout
+from formats.json_files import expected_layout
 from formats.special_tokens import Tokenizer
 from support.errors import UserError
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, BPETokenizer,
                          order_tokens)
-from formats.reading import expected_layout, read_bytes, read_json, read_json_if_there
+from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
 from support.errors import UserError
 from support.files import atomic_write

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from formats.reading import read_json, read_json_if_there
+from formats.json_files import read_json, read_json_if_there
 from model import Config
 from support.errors import UserError, refuse_not_finite
 

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from formats.huggingface import FAMILIES, map_names, some, stored_in
-from formats.reading import read_json
+from formats.json_files import read_json
 from methods import adapters, inject
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write

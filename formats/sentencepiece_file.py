@@ -2,7 +2,7 @@
 from functools import partial
 from pathlib import Path
 
-from formats.reading import read_bytes
+from formats.json_files import read_bytes
 from formats.special_tokens import Tokenizer, build_tokenizer
 from support.errors import UserError
 

@@ -9,7 +9,7 @@ from typing import Callable, Iterable
 
 import regex
 
-from formats.reading import expected_layout, read_json_if_there
+from formats.json_files import expected_layout, read_json_if_there
 from support.errors import UserError
 
 ROLES = ("bos", "eos", "pad")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from formats.bpe_files import (list_steps, load_ranks, load_tokenizer_json, load_vocab_merges,
                                read_table)
-from formats.reading import expected_layout, read_bytes
+from formats.json_files import expected_layout, read_bytes
 from formats.sentencepiece_file import load_sentencepiece
 from formats.special_tokens import Tokenizer
 from support.errors import UserError
