@@ -1,13 +1,13 @@
-"""A decoder-only transformer, one class for two families.
+"""Defines a decoder-only transformer, one class for two families.
 
 GPT-2 (Radford et al. 2019): learned positions, LayerNorm, GELU (tanh form), biases everywhere.
-LLaMA (Touvron et al. 2023, arXiv 2302.13971) and what shares its layout (Mistral, Qwen2, Qwen3):
-rotary positions, RMSNorm, SwiGLU, grouped-query attention (Ainslie et al. 2023, 2305.13245).
+LLaMA (Touvron et al. 2023, arXiv 2302.13971): rotary positions, RMSNorm, SwiGLU, grouped-query
+attention (Ainslie et al. 2023, 2305.13245). Mistral, Qwen2 and Qwen3 share its layout.
 
 Shapes: B sequences, T new tokens, S = T plus cached tokens, C = d_model, H heads of D = head_dim.
-Weights are (out, in). q, k, v and o are separate nn.Linear layers in both families, so that a
-target name such as `q` means the same thing in every checkpoint. Every Linear that an adapter
-may wrap is called as a module (never as F.linear on its weight).
+Weights are (out, in). q, k, v and o are separate nn.Linear layers in both families. So a target
+name such as `q` means the same thing in every checkpoint. An adapter may wrap any of these
+layers, so each is called as a module (never as F.linear on its weight).
 """
 import math
 from dataclasses import dataclass, field
@@ -20,7 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class Config:
-    """Everything that decides the model's shape; convert.py fills it from a config.json."""
+    """Holds everything that decides the shape of a model.
+
+    formats/huggingface.py fills it from a config.json.
+    """
     vocab_size: int
     d_model: int                        # C, width of the residual stream
     n_layers: int
@@ -29,7 +32,7 @@ class Config:
     head_dim: int                       # D; H * D may differ from C (Qwen3)
     d_ff: int                           # width inside the MLP
     max_positions: int                  # longest sequence the checkpoint was made for
-    model_type: str = "llama"           # as config.json names it: gpt2, llama, mistral, qwen2, ...
+    model_type: str = "llama"           # the family: gpt2, llama, mistral, qwen2 or qwen3
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None    # LLaMA-3.1's four numbers, see rope_frequencies
@@ -48,10 +51,10 @@ class Config:
 
 
 class Cache:
-    """Keys and values of the tokens seen so far, in memory allocated once.
+    """Keeps the keys and values of the tokens read so far, so that each is computed once.
 
-    kv is (n_layers, 2, B, n_kv_heads, length, D); the first `used` positions are filled. rope holds
-    the rotations of all `length` positions.
+    kv is (n_layers, 2, B, n_kv_heads, length, D), allocated once. Its first `used` positions are
+    filled. rope holds the rotations of all `length` positions.
     """
 
     def __init__(self, config: Config, batch: int, length: int, like: Tensor):
@@ -62,32 +65,36 @@ class Cache:
         self.used = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores one layer's new k, v (B, n_kv_heads, T, D); returns all of its k, v so far."""
+        """Stores one layer's new k, v (B, n_kv_heads, T, D), and returns all of its k, v so far."""
         end = self.used + k.shape[2]
         keys, values = self.kv[layer].unbind()
         keys[:, :, self.used:end], values[:, :, self.used:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
     def repeat(self, times: int | Tensor) -> None:
-        """Makes each sequence of the batch `times` equal ones, side by side; a tensor (B,) says
-        for each how many."""
+        """Repeats each sequence of the batch `times` times, side by side.
+
+        times: one number for all, or a tensor (B,) with a number for each.
+        """
         self.kv = self.kv.repeat_interleave(times, dim=2)
 
     def reorder(self, rows: Tensor, start: int) -> None:
-        """Row i takes what row rows[i] holds from position `start` on (beams of one prompt: what
-        is before is the same in all of them)."""
+        """Copies into each row i, from position `start` on, what row rows[i] holds there.
+
+        Both rows must hold the same before `start`, as beams of one prompt do.
+        """
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
         new = self.kv[:, :, :, :, start:self.used]
         new[:, :, moved] = new[:, :, rows[moved]]
 
 
 def rope_frequencies(config: Config, device: torch.device) -> Tensor:
-    """Rotation speed in radians per token of each pair of a head's coordinates: (D / 2,).
+    """Computes how fast each pair of a head's coordinates turns: (D / 2,), in radians per token.
 
-    RoPE (Su et al. 2021, arXiv 2104.09864): theta^(-2i/D). LLaMA-3.1 stretches it to a longer
-    context (apply_scaling in meta-llama/llama-models; its constants are the checkpoint's): waves
-    longer than the old context / low_freq_factor are slowed by `factor`, waves shorter than the
-    old context / high_freq_factor are kept, those between are mixed linearly.
+    RoPE (Su et al. 2021, arXiv 2104.09864): pair i turns by theta^(-2i/D) per token.
+    LLaMA-3.1 stretches this to a longer context (apply_scaling in meta-llama/llama-models). A pair
+    that turned less than low_freq_factor times in the old context is slowed by `factor`. A pair
+    that turned more than high_freq_factor times is kept. The speeds between are mixed linearly.
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     speed = 1 / config.rope_theta ** exponents
@@ -101,22 +108,24 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The cos and sin that rotate() takes, each positions' shape + (D,)."""
+    """Computes the cos and sin for rotate(), each of positions' shape + (D,)."""
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pair a = x[i], b = x[i + D/2] (the half-split pairing of the HF layout).
+    """Turns each pair a = x[i], b = x[i + D/2] into a cos - b sin, b cos + a sin.
 
-    x (B, H, T, D); cos and sin repeat for both halves, and sin is negative in the first:
-    a becomes a cos - b sin, b becomes b cos + a sin.
+    x is (B, H, T, D). cos and sin hold the same values in both halves, but sin is negative in the
+    first. Hugging Face's files pair the coordinates in this way.
     """
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class Attention(nn.Module):
+    """Lets each token gather from the tokens up to itself: o(softmax(q k' / sqrt D) v)."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         c, self.config, self.layer = config, config, layer
@@ -129,6 +138,11 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(c.head_dim, eps=c.norm_eps)
 
     def forward(self, x: Tensor, rope, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Mixes the tokens of each sequence: x (B, T, C) -> (B, T, C).
+
+        rope: cos and sin for rotate(), None for GPT-2. mask: (B, 1, T, S), True where a query may
+        look. None lets each look at all tokens up to itself.
+        """
         c, (B, T, _) = self.config, x.shape
         q = self.q(x).view(B, T, c.n_heads, c.head_dim)
         k = self.k(x).view(B, T, c.n_kv_heads, c.head_dim)
@@ -140,7 +154,7 @@ class Attention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)                        # (B, n_kv_heads, S, D)
-        if T == 1:      # one token: the heads that share k and v are as if tokens of one head
+        if T == 1:      # for one token, heads that share k and v can stand as tokens of one head
             q = q.view(B, c.n_kv_heads, -1, c.head_dim)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
@@ -151,7 +165,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GPT-2: down(gelu(up x)). LLaMA: down(silu(gate x) * up x), SwiGLU (Shazeer, 2002.05202)."""
+    """Transforms each token by itself.
+
+    GPT-2: down(gelu(up x)). LLaMA: down(silu(gate x) * up x), SwiGLU (Shazeer 2020, 2002.05202).
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -168,11 +185,14 @@ class MLP(nn.Module):
 
 
 def make_norm(config: Config) -> nn.Module:
+    """Makes the family's norm: LayerNorm for GPT-2, RMSNorm for the others."""
     kind = nn.LayerNorm if config.is_gpt2 else nn.RMSNorm
     return kind(config.d_model, eps=config.norm_eps)
 
 
 class Block(nn.Module):
+    """Adds attention, then the MLP, to the residual stream, each after a norm."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.attn_norm, self.attn = make_norm(config), Attention(config, layer)
@@ -184,7 +204,10 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Embedding):
-    """Draws no numbers on torch's meta device: to do so there imports the compiler for a second."""
+    """Starts without drawing numbers on torch's meta device.
+
+    Drawing there would import torch's compiler, which takes a second.
+    """
 
     def reset_parameters(self) -> None:
         if not self.weight.is_meta:
@@ -192,7 +215,7 @@ class Embedding(nn.Embedding):
 
 
 class Transformer(nn.Module):
-    """model(tokens) -> next-token logits.
+    """Predicts the next token of each position: model(tokens) -> logits.
 
     >>> logits = model(torch.tensor([[1, 5, 7]]))     # (1, 3, vocab_size)
     """
@@ -205,11 +228,15 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c)
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.checkpointing = False      # True: training keeps of a block its input alone
+        self.checkpointing = False      # True: training keeps only the input of each block
 
     def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
-        """GPT-2's start for training from scratch: N(0, 0.02), less on the way into the residual
-        stream (std / sqrt(2 n_layers)), so that its size does not grow with depth."""
+        """Draws the weights as GPT-2 does, for training from scratch.
+
+        They are N(0, 0.02^2). Weights that write into the residual stream have a std smaller by
+        sqrt(2 n_layers), so that the stream does not grow with depth. Norms start at 1, biases
+        at 0.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 into_stream = name.endswith(("attn.o.weight", "mlp.down.weight"))
@@ -220,30 +247,33 @@ class Transformer(nn.Module):
         return self
 
     def attention_mask(self, mask: Tensor, T: int) -> Tensor:
-        """(B, S) bool, True for real tokens -> (B, 1, T, S), True where a query may look."""
+        """Tells which keys each of the T last tokens may look at: (B, 1, T, S) bool.
+
+        mask: (B, S) bool, True for real tokens.
+        """
         S = mask.shape[1]
         if T == 1:                              # nothing lies ahead of the last token
             return torch.cat((mask[:, :-1], torch.ones_like(mask[:, -1:])), dim=1)[:, None, None]
         query = torch.arange(S - T, S, device=mask.device)[:, None]
         key = torch.arange(S, device=mask.device)[None, :]
         allowed = (key <= query) & mask[:, None, None, :]
-        # A padding query would see nothing, and softmax over nothing has no value: it sees itself.
+        # Padding could look at nothing, and softmax over nothing has no value. It sees itself.
         return allowed | (key == query)
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None,
                cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> the last hidden state after the final norm, (B, T, C).
+        """Computes the last hidden state, after the final norm: (B, T, C).
 
-        mask (B, S) is True (or 1) for real tokens and False for padding, S = cached tokens + T;
-        positions count real tokens only, so a left-padded prompt is read like one that stands
-        alone. With a cache the tokens follow those already in it.
+        tokens: (B, T) int64. mask: (B, S), True (or 1) for real tokens, False for padding. S counts
+        the cached tokens too. Positions count real tokens only, so a left-padded prompt is read
+        like one that stands alone. cache: the tokens follow those already in it.
         """
         c, (_, T) = self.config, tokens.shape
         past = cache.used if cache is not None else 0
         if mask is None:
             positions = torch.arange(past, past + T, device=tokens.device)   # (T,)
             attend = None
-            if past and T > 1:                  # SDPA's is_causal assumes that nothing is cached
+            if past and T > 1:                  # is_causal assumes that nothing is cached
                 everything = tokens.new_ones(1, past + T, dtype=torch.bool)
                 attend = self.attention_mask(everything, T)
         else:
@@ -260,7 +290,7 @@ class Transformer(nn.Module):
                     tuple(table[positions] for table in cache.rope))             # (..., T, D)
         for layer in self.layers:
             if self.checkpointing and self.training:
-                # The reentrant form finds no gradient behind a frozen embedding.
+                # The reentrant form would lose the gradient, since a frozen embedding has none.
                 x = checkpoint(layer, x, rope, attend, cache, use_reentrant=False)
             else:
                 x = layer(x, rope, attend, cache)
@@ -269,14 +299,14 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def make_cache(self, batch: int, length: int) -> Cache:
-        """An empty cache for `batch` sequences of up to `length` tokens."""
+        """Makes an empty cache for `batch` sequences of up to `length` tokens."""
         return Cache(self.config, batch, length, like=self.embed.weight)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., vocab_size)."""
+        """Turns hidden states into scores of the next token: (..., C) -> (..., vocab_size)."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:
-        """tokens (B, T) int64 -> logits (B, T, vocab_size); mask and cache as in hidden()."""
+        """Computes the logits (B, T, vocab_size). The arguments are those of hidden()."""
         return self.logits(self.hidden(tokens, mask, cache))

@@ -1,28 +1,29 @@
-"""Tasks `e2e` and `mini-e2e`: a text from a list of attributes, scored against several references.
+"""Makes tasks `e2e` and `mini-e2e`: a text from a list of attributes, scored by several references.
 
     python train.py --method lora --task mini-e2e                         about a minute
     python train.py --method lora --task e2e --data-dir DIR --model openai-community/gpt2-medium \\
         --targets q,v --rank 4 --alpha 32 --dropout 0.1 --lr 2e-4 --weight-decay 0.01 \\
         --warmup 500 --beams 10
-The second is the recipe of LoRA's paper (Hu et al. 2021, table 11; batches of 8 and 5 epochs are
-the task's defaults), less its label smoothing of 0.1, which this project does not have, and with
-gradients clipped at 1, which LoRA's code does not do here. Each validation writes 547 texts with
-all the beams: --max-eval 100 makes it quicker.
+The second is the recipe of LoRA's paper (Hu et al. 2021, table 11). Its batches of 8 and its
+5 epochs are the task's defaults. Two things differ: this project has no label smoothing (the paper
+has 0.1), and it clips gradients at 1 (LoRA's code does not). Each validation writes 547 texts with
+all the beams. --max-eval 100 makes it quicker.
 
-`e2e` is the E2E NLG challenge (Novikova et al. 2017): restaurants, 8 attributes at most. DIR holds
+`e2e` is the E2E NLG challenge (Novikova et al. 2017): restaurants with up to 8 attributes. DIR
+holds one of these sets of files. If it holds both, the first is read.
     train.txt, valid.txt, test.txt               lines `meaning representation||reference`, as in
                                                  microsoft/LoRA: texts with a space before each stop
     trainset.csv, devset.csv, testset_w_refs.csv     the challenge's own, columns mr and ref
-and where it holds both, the first are read. Prompts are the same for both, texts stay as they are:
-so a model trained on one of them should be scored on the same one.
-A meaning representation of the training split gives an example for each of its texts; of the other
-splits it is one example with all its texts as references.
+Both give the same prompts, but the texts stay as they are. So score a model on the kind of files
+that it was trained on. In the training split each text is an example. In the other splits each
+meaning representation is one example, with all its texts as references.
 
-`mini-e2e` has that shape on people and towns of the built-in world, the subjects of each split its
-own. The base model was pretrained on descriptions of one to four attributes, in the prompt's order
-and in a plain style. Here are three to five, told in another order than the prompt's, in a style of
-two sentences with phrases of its own. So the scores before tell how far telling all attributes in
-any way goes, and the gain is what fine-tuning learnt of the style; references are four at least.
+`mini-e2e` has that shape, about people and towns of the built-in world. Each split has its own
+subjects. Pretraining had descriptions of one to four attributes, in the prompt's order and in a
+plain style. This task has three to five attributes, in another order than the prompt's. Its style
+has two sentences and phrases of its own. So the scores before fine-tuning tell how far the plain
+style goes, and the gain is the style that fine-tuning taught. Each prompt has at least four
+references.
 """
 import csv
 import io
@@ -33,22 +34,24 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from data.pretraining_text import describe_subject, list_attributes
 from data.reading import numbered_lines, read_text
 from data.scoring import write
 from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt
 from data.text_metrics import text_scores
-from data.world import RELATIONS, VERSION, World, attributes, described, draw, pick_one, shuffled
+from data.wordings import RELATIONS
+from data.world import VERSION, World, pick_one, pick_several, shuffled
 from support.errors import UserError, require
 
-# As LoRA's README. In GPT-2's tokens, less than 1 reference of 1,000 is longer (89 at most); where
-# a tokenizer cuts words finer, as many new tokens as the longest training text takes.
+# As in LoRA's README. Fewer than 1 reference of 1,000 is longer in GPT-2's tokens (89 at most). A
+# tokenizer may cut words finer: then as many as the longest training text takes.
 NEW_TOKENS = 64
-# LoRA's paper; its README has 0.8. It matters with beams only.
+# As in LoRA's paper; its README has 0.8. It matters with beams only.
 LENGTH_PENALTY = 0.9
 
 PACKAGES = ("sacrebleu", "nltk", "rouge_score")          # of the metrics
-FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
-         "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
+CHALLENGE_FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
+                   "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
 # The attributes whose names differ between the challenge's files and LoRA's.
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
@@ -91,11 +94,12 @@ def load(setup: Setup, data_dir: str, beams: int = 1) -> E2E:
     """
     require(*PACKAGES)
     folder = Path(data_dir)
-    kind = next((kind for kind, names in FILES.items() if (folder / names[0]).exists()), None)
+    kind = next((kind for kind, names in CHALLENGE_FILES.items()
+                 if (folder / names[0]).exists()), None)
     if kind is None:
         raise UserError(f"--data-dir {folder}: holds neither train.txt nor trainset.csv")
     read = {"txt": read_txt, "csv": read_csv}[kind]
-    splits = [read(folder / name) for name in FILES[kind]]
+    splits = [read(folder / name) for name in CHALLENGE_FILES[kind]]
     train = [example(mr, [text], source) for mr, text, source in splits[0]]
     new = max(NEW_TOKENS, 1 + max(len(setup.tokenizer.encode(e.target)) for e in train))
     return E2E("e2e", train, grouped(splits[1]), grouped(splits[2]), setup,
@@ -104,17 +108,19 @@ def load(setup: Setup, data_dir: str, beams: int = 1) -> E2E:
 
 
 def example(mr: str, texts: list[str], source: str = "") -> Example:
+    """Asks for a description of `mr`. The first text is the target, all are references."""
     return Example(f"{mr}\nDescription:", f" {texts[0]}", references=tuple(texts), source=source)
 
 
 class Row(NamedTuple):
+    """Holds one line or record of a file."""
     mr: str             # the meaning representation
     text: str           # a reference
     source: str         # file and line
 
 
 def grouped(rows: list[Row]) -> list[Example]:
-    """One example for each meaning representation, in the order of their first lines."""
+    """Groups the rows: one example for each meaning representation, in order of first lines."""
     same: dict[str, list[Row]] = {}
     for row in rows:
         same.setdefault(row.mr, []).append(row)
@@ -123,7 +129,7 @@ def grouped(rows: list[Row]) -> list[Example]:
 
 
 def read_txt(path: Path) -> list[Row]:
-    """A row for each line; blank lines are skipped."""
+    """Reads a row from each line. Blank lines are skipped."""
     pairs = []
     for number, line in numbered_lines(path):
         mr, bars, text = line.partition("||")
@@ -134,7 +140,7 @@ def read_txt(path: Path) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Meaning representations are written as in the .txt files."""
+    """Reads a row from each record, and writes its meaning representation as .txt files do."""
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     pairs = []
     try:
@@ -153,7 +159,10 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def checked(where: str, mr: str, text: str) -> Row:
-    """Both with single spaces, so that a reference is one line."""
+    """Makes a row of both, with single spaces, so that a reference is one line.
+
+    Raises UserError if one is empty.
+    """
     mr, text = " ".join(mr.split()), " ".join(text.split())
     if not mr or not text:
         raise UserError(f"{where}: the {'reference' if mr else 'meaning representation'} is empty")
@@ -167,7 +176,7 @@ def not_empty(path: Path, pairs: list) -> list:
 
 
 def normal_form(where: str, mr: str) -> str:
-    """name[The Mill], priceRange[£20-25] -> name : The Mill | price : £ 20 - 25"""
+    """Rewrites name[The Mill], priceRange[£20-25] as name : The Mill | price : £ 20 - 25."""
     if not re.fullmatch(r"([^][,]+\[[^][]*\](, *|$))+", mr.strip()):
         raise UserError(f"{where}: not a list of name[value]: {mr[:60]!r}")
     pairs = re.findall(r"([^][,]+)\[([^][]*)\]", mr)
@@ -176,7 +185,7 @@ def normal_form(where: str, mr: str) -> str:
 
 
 def spaced(value: str) -> str:
-    """A price as LoRA's files write it: £20-25 -> £ 20 - 25."""
+    """Writes a price as LoRA's files do: £20-25 -> £ 20 - 25."""
     return re.sub(r"(?<=\d)-(?=\d)", " - ", value.replace("£", "£ "))
 
 
@@ -188,7 +197,7 @@ ALSO = ("What is more,", "Besides,", "And there is more:")
 
 
 def load_mini(setup: Setup, beams: int = 1) -> E2E:
-    """Builds the same task in every run: a run's --seed changes nothing of it."""
+    """Builds the task, the same in every run: a run's --seed does not change it."""
     require(*PACKAGES)
     world, rng = World(), random.Random(f"mini-e2e {VERSION}")
     subjects = shuffled(rng, [*product(["person"], world.people),
@@ -202,12 +211,14 @@ def load_mini(setup: Setup, beams: int = 1) -> E2E:
 
 
 def described_all(world: World, subjects: list, n: int, rng: random.Random) -> list[Example]:
-    """n lists of three to five attributes of each subject, each with up to six texts; a list
-    that comes twice is one example."""
+    """Makes n lists of three to five attributes of each subject, each with up to six texts.
+
+    A list that comes twice is one example.
+    """
     examples = {}
     for (kind, name), _ in product(subjects, range(n)):
-        names = draw(rng, RELATIONS[kind], 3 + int(3 * rng.random()))
-        mr = attributes(world, name, [r for r in RELATIONS[kind] if r in names])
+        names = pick_several(rng, RELATIONS[kind], 3 + int(3 * rng.random()))
+        mr = list_attributes(world, name, [r for r in RELATIONS[kind] if r in names])
         texts = dict.fromkeys(styled(world, kind, name, shuffled(rng, names), rng)
                               for _ in range(6))
         examples[mr] = example(mr, list(texts))
@@ -215,8 +226,11 @@ def described_all(world: World, subjects: list, n: int, rng: random.Random) -> l
 
 
 def styled(world: World, kind: str, name: str, names: list[str], rng: random.Random) -> str:
-    """Ada Kelsen keeps a dog. She ... -> Meet Ada Kelsen, who keeps a dog. Besides, she ..."""
-    first, stop, second = described(world, name, names, rng)[1].strip().partition(". ")
+    """Describes a subject in the task's style.
+
+    Ada Kelsen keeps a dog. She ... -> Meet Ada Kelsen, who keeps a dog. Besides, she ...
+    """
+    first, stop, second = describe_subject(world, name, names, rng)[1].strip().partition(". ")
     text = pick_one(rng, MEET[kind]).format(name=name) + first.removeprefix(name) + stop
     if second and not second.startswith(name):
         second = second[0].lower() + second[1:]                 # a pronoun

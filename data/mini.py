@@ -1,4 +1,4 @@
-"""Task `mini`: eight small sets over the built-in world, in the form of the eight commonsense sets.
+"""Makes task `mini`: eight small sets about the built-in world, shaped like the commonsense sets.
 
     python train.py --method dora --task mini
 Each set has the shape of the one it is named after, with the same labels to answer with:
@@ -6,29 +6,29 @@ Each set has the shape of the one it is named after, with the same labels to ans
     PIQA      solution1-2         which means serves a goal?
     SIQA      answer1-3           what follows from a situation?
     HellaS    ending1-4           how does a statement end?
-    WinoG     option1-2           of which of two people does a statement hold?
+    WinoG     option1-2           which of two people does a statement hold for?
     ARC-e     answer1-4           an open question
     ARC-c     answer1-4           a question on somebody's home town, the town not named
     OBQA      answer1-4           a statement to complete on somebody's pet, the animal not named
 Every question is about a person: in training one of `world.taught`, in validation and test one of
-`world.untaught`, about whom pretraining had plain statements only. (Anyone may be named as
-somebody's friend, and a validation person as WinoG's other one in the test; the facts on towns and
-animals are the same in all splits.) So a good score takes the base model's knowledge and the skill
-that fine-tuning taught on others.
+`world.untaught`. Pretraining had plain statements only about the untaught. So a good score takes
+two things: the base model's knowledge, and a skill that fine-tuning taught on other people.
+(Anyone may be named as somebody's friend. A validation person may be WinoG's other one in the
+test. The facts on towns and animals are the same in all splits.)
 
-A target says what it rests on before the label, "Ada Kelsen lives in Brenham, so the correct answer
-is answer2", since a model of this size cannot look a fact up and compare it in one go. However the
-question is worded, the reason is the relation's first statement in data/world.py. BoolQ's also says
-whether that is what was asked, "lives in Brenham indeed" or "instead": without this word the label
-stayed a guess after 300 steps of `full`, LoRA and Dual LoRA alike.
+A target states its reason before the label: "Ada Kelsen lives in Brenham, so the correct answer is
+answer2". A model of this size cannot look a fact up and compare it in one go. The reason is always
+the relation's first statement in data/wordings.py, however the question is worded. BoolQ's reason
+also says whether it is the fact asked about: "lives in Brenham indeed", or "instead". Without this
+word the label stayed a guess after 300 steps of `full`, LoRA and Dual LoRA alike.
 
-`accuracy`, of what the model writes, takes all of that. `likelihood` compares such answers, each
-with a reason that fits its label; to prefer the right one it is enough to know the fact, so it is
-high before fine-tuning, except in BoolQ, where the fact is the same in both. At that time an answer
-in the form of the pretraining text, "..., so 2.", is read only where an option is a plain value,
-which the reason names: most answers to BoolQ, PIQA and WinoG are `unparsed`.
-Every label is right equally often, and a wrong option is about as common in the world as a right
-one.
+`accuracy` scores the answers that the model writes, so it takes all of that. `likelihood` compares
+whole answers, each with a reason that fits its label. To prefer the right one it is enough to know
+the fact, so `likelihood` is high before fine-tuning. (BoolQ is the exception: both its answers
+state the same fact.) Before fine-tuning a model answers in the form of the pretraining text:
+"..., so 2." Such an answer is read only if its reason names an option, which must be a plain
+value. So most of its answers to BoolQ, PIQA and WinoG are `unparsed`.
+Every label is right equally often. A wrong option is about as common in the world as a right one.
 """
 import random
 from dataclasses import replace
@@ -37,21 +37,26 @@ from typing import Callable, NamedTuple
 
 from data.commonsense import NEW_TOKENS, Choices, read_template
 from data.task import Example, Setup
-from data.world import (RELATIONS, VERSION, Fact, World, cloze, pick_one, relation_of, rivals, say,
+from data.wordings import RELATIONS
+from data.world import (VERSION, Fact, World, cloze, find_rivals, pick_one, relation_of, say,
                         shuffled, told)
 
 N = {"train": 400, "valid": 30, "test": 100}        # items of each set, about
 
 
 class Item(NamedTuple):
+    """Holds a question, its options and their reasons, before it gets the form of an example."""
     text: str
-    options: list[str]          # shown with the labels; none where these are true and false
-    reasons: list[str]          # what an answer with each label says first
+    options: list[str]          # shown with the labels; none if these are true and false
+    reasons: list[str]          # the reason of the answer with each label
 
 
 def to_example(item: Item, labels: tuple[str, ...], place: int, template: str,
                group: str) -> Example:
-    """In the manner of LLM-Adapters: the question, the options a line each, the labels."""
+    """Writes the item as LLM-Adapters does: the question, the options a line each, the labels.
+
+    place: the place of the right label. group: the set.
+    """
     shown = "\n".join(f"{label.capitalize()}: {option}"
                       for label, option in zip(labels, item.options))
     blocks = [item.text, *([shown] if shown else []), f"Answer format: {'/'.join(labels)}"]
@@ -85,7 +90,10 @@ SCENES = {  # SIQA: relation -> a situation and a question on it
 
 
 def decoys(world: World, fact: Fact, rng: random.Random, n: int) -> list[str]:
-    """n wrong values, each as likely as others have it: so what is common is not likelier right."""
+    """Draws n wrong values, each as likely as it is common among the others.
+
+    So a common value is not likelier to be the right one.
+    """
     values: list[str] = []
     while len(values) < n:
         value = world.value(pick_one(rng, world.subjects(fact.kind)), fact.relation)
@@ -94,7 +102,7 @@ def decoys(world: World, fact: Fact, rng: random.Random, n: int) -> list[str]:
     return values
 
 
-MATCH = (" indeed", " instead")     # what BoolQ's reasons add: the fact is what was asked, or not
+MATCH = (" indeed", " instead")     # ends BoolQ's reasons: the fact is the one asked about, or not
 
 
 def boolq(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
@@ -106,7 +114,7 @@ def boolq(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
 
 def multiple_choice(world: World, rng: random.Random, place: int, fact: Fact, n: int, text: str,
                     option: str = "{value}") -> Item:
-    """n values, of which one makes the fact true; `option` says how each is shown."""
+    """Offers n values, one of which makes the fact true. `option` words each of them."""
     options = decoys(world, fact, rng, n - 1)
     options.insert(place, fact.value)
     return Item(text, [option.format(value=value) for value in options],
@@ -131,7 +139,7 @@ def hellaswag(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
 
 
 def winogrande(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
-    names = rivals(world, fact, rng, 1)
+    names = find_rivals(world, fact, rng, 1)
     names.insert(place, fact.subject)
     a, b = (world.known[name, fact.relation] for name in names)
     true, swapped = told(a, b), told(replace(a, value=b.value), replace(b, value=a.value))
@@ -148,7 +156,10 @@ def arc_easy(world: World, rng: random.Random, place: int, fact: Fact) -> Item:
 
 def two_hop(world: World, rng: random.Random, place: int, first: Fact, second: Fact,
             text: str) -> Item:
-    """Four values of the second fact; a wrong one comes with a first fact that would lead to it."""
+    """Offers four values of the second fact.
+
+    The reason of a wrong one states a first fact that would lead to it.
+    """
     ways: dict[str, str] = {}
     while len(ways) < 3:
         middle = world.value(pick_one(rng, world.people), first.relation)
@@ -175,6 +186,7 @@ def openbookqa(world: World, rng: random.Random, place: int, first: Fact, second
 
 
 class Set(NamedTuple):
+    """Says how the items of a set are made and answered."""
     make: Callable[..., Item]
     labels: tuple[str, ...]
     hop: str | None = None      # the relation that leads on to a second fact
@@ -194,7 +206,10 @@ SETS = {
 
 
 def paths(world: World, people: list[str], hop: str | None) -> list[tuple[Fact, ...]]:
-    """Each fact on the people; with `hop`, that one with each fact that it leads to."""
+    """Lists the facts to ask about: each fact on the people.
+
+    With `hop`, lists pairs: the fact of that relation, and a fact on its value.
+    """
     if hop is None:
         return [(world.known[key],) for key in product(people, RELATIONS["person"])]
     firsts = [world.known[name, hop] for name in people]
@@ -203,7 +218,7 @@ def paths(world: World, people: list[str], hop: str | None) -> list[tuple[Fact, 
 
 
 def splits(template: str) -> dict[str, list[Example]]:
-    """train, valid and test: the same in every run."""
+    """Makes the examples of train, valid and test, the same in every run."""
     world, rng = World(), random.Random(f"mini {VERSION}")
     quarter = len(world.untaught) // 4
     people = {"train": world.taught, "valid": world.untaught[:quarter],
@@ -219,7 +234,10 @@ def splits(template: str) -> dict[str, list[Example]]:
 
 
 def load(setup: Setup, prompt_template: str | None = None, beams: int = 1) -> Choices:
-    """Builds the task; the label is a target's last word, so the longest target must fit."""
+    """Builds the task. The model may write as many tokens as the longest target takes.
+
+    The label is the last word of a target, so none may be cut.
+    """
     examples = splits(read_template(prompt_template))
     targets = [example.target for split in examples.values() for example in split]
     new = max(NEW_TOKENS, *(1 + len(setup.tokenizer.encode(target)) for target in targets))

@@ -31,12 +31,15 @@ from tqdm import tqdm
 
 from data.commonsense import read_template
 from data.mini import MATCH, splits
+from data.pretraining_text import FIRST_MIX, MIX, QUESTIONS, documents
 from data.scoring import recall
 from data.task import Example, Sequence, Setup, collate, encode, target_loss
-from data.world import (KIND, MIX, QUESTIONS, START, VERSION, World, cloze, documents, pick_one,
-                        question)
+from data.wordings import KIND
+from data.world import VERSION, World, cloze, pick_one, question
+from formats.bpe_files import save_ranks
+from formats.bpe_training import train_bpe
 from formats.checkpoint import save_pretrained
-from formats.tokenizer import load_tokenizer, save_ranks, train_bpe
+from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, exit_on_user_error
 from support.files import atomic_write
@@ -88,7 +91,7 @@ def learn_pieces(world: World) -> dict[bytes, int]:
 def text_of_step(world: World, tokenizer, seed: int, step: int) -> list[Sequence]:
     """Writes the documents of one step."""
     rng, sequences, size = random.Random(f"pretrain-{seed}-{step}"), [], 0
-    stream = documents(world, rng, 10 ** 9, START if step < START_STEPS else MIX)
+    stream = documents(world, rng, 10 ** 9, FIRST_MIX if step < START_STEPS else MIX)
     while size < TOKENS:
         sequences.append(encode(Example(*next(stream)), tokenizer, LENGTH))
         size += len(sequences[-1].tokens)
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
     checkpoint, first = args.out / "pretrain.pt", 0
-    recipe = list(ranks), config(), START, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
+    recipe = list(ranks), config(), FIRST_MIX, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
     run = {"seed": args.seed, "steps": args.steps, "world": VERSION,
            "recipe": hashlib.sha256(repr(recipe).encode()).hexdigest()}
 

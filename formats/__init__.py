@@ -1,1 +1,1 @@
-"""Other people's files: Hugging Face checkpoints, tokenizers, peft adapters."""
+"""Reads and writes other people's files: Hugging Face checkpoints, tokenizers, PEFT adapters."""

@@ -1,11 +1,11 @@
-"""Whole Hugging Face checkpoints <-> Transformer, by hand.
+"""Reads and writes whole Hugging Face checkpoints, without transformers.
 
 >>> model, tokenizer = load_pretrained("data/base")                         # a folder
 >>> model, tokenizer = load_pretrained("HuggingFaceTB/SmolLM2-135M", dtype=torch.bfloat16)
 >>> save_pretrained(model, "copy")               # transformers.AutoModelForCausalLM reads it
 
-huggingface.py has what the files look like. Reading one: every tensor is checked by name and shape,
-then read straight into its place.
+huggingface.py knows the form of the files. First the names and shapes of all tensors are checked.
+Then each tensor is read straight into its place.
 """
 import json
 import math
@@ -18,34 +18,36 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.huggingface import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored,
-                                 describe, is_conv1d, parse_config, places, read_config, some)
+                                 is_conv1d, make_config_json, map_names, parse_config,
+                                 read_model_config, some)
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write
 
-MAX_LENGTH = 256        # tokens of an example, where a command names no other
+MAX_LENGTH = 256        # tokens of an example, unless a command says otherwise
 
 
 @torch.no_grad()
 def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
                     device: str | torch.device = "cpu"):
-    """A folder, or a repository of the Hugging Face hub ("owner/name") -> (model, tokenizer).
+    """Loads a folder, or a repository of the Hugging Face hub ("owner/name") -> (model, tokenizer).
 
-    dtype None keeps the checkpoint's own; the tokenizer is None where the folder has none.
-    UserError: anything missing, left over, misshapen, or that we would compute otherwise.
+    dtype: None keeps the checkpoint's own. The tokenizer is None if the folder has none.
+    Raises UserError if a tensor is missing, left over or misshapen, or if model.py would compute
+    the model in another way than transformers.
     """
     if dtype not in [None, *DTYPES.values()]:
         raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
     folder = find_folder(path_or_repo)
-    config, named = read_config(folder)
+    config, named = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     tensors = by_full_name(folder, config)
     model = empty_model(config, folder, tensors)
-    plan = match(model, tensors, folder)
+    plan = match_tensors(model, tensors, folder)
     dtype = dtype or named or next(iter(tensors.values())).dtype
-    # To copy a tensor takes its size twice for a moment. With the largest first, that moment is
-    # over before the model has grown: the peak stays near the model's own size.
+    # Copying a tensor takes its size twice for a moment. The largest comes first, while the model
+    # is still small. So the peak of memory stays near the model's own size.
     for full in sorted(tensors, key=lambda full: math.prod(tensors[full].shape), reverse=True):
         whole = tensors.pop(full).read()
         whole = whole.t() if is_conv1d(full) else whole
@@ -61,7 +63,10 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
 
 
 def find_folder(path_or_repo: str | Path) -> Path:
-    """The folder itself, or where huggingface_hub keeps the repository, fetched if need be."""
+    """Finds the folder, or fetches the repository into huggingface_hub's cache.
+
+    Raises UserError if there is neither.
+    """
     folder, repo = Path(path_or_repo), str(path_or_repo)
     if folder.is_dir():
         return folder
@@ -79,7 +84,10 @@ def find_folder(path_or_repo: str | Path) -> Path:
 
 
 def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
-    """The tensors that fill the model, under the names of the tables."""
+    """Lists the tensors that fill the model: their names in the tables -> the tensors.
+
+    Sets config.tied to False if the head differs from the embedding.
+    """
     tensors, family = {}, FAMILIES[config.model_type]
     for tensor in all_stored(folder):
         headless = not tensor.name.startswith((family.prefix, "lm_head."))
@@ -88,8 +96,8 @@ def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
             raise UserError(f"{tensor.path}: {tensor.name} is there twice")
         if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:
             tensors[full] = tensor
-    # A tied model's file may repeat the embedding as lm_head. Where the two differ, the config is
-    # wrong and both are kept, as transformers 5 does.
+    # A tied model's file may repeat the embedding as lm_head. If the two differ, the config is
+    # wrong. Then both are kept, as transformers 5 does.
     embed = next(theirs for theirs, ours in family.names.items() if ours == ["embed"]) + ".weight"
     if config.tied and "lm_head.weight" in tensors and embed in tensors:
         config.tied = torch.equal(tensors["lm_head.weight"].read(), tensors[embed].read())
@@ -99,9 +107,12 @@ def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
 
 
 def empty_model(config: Config, folder: Path, tensors: dict[str, Stored]) -> Transformer:
-    """The model without memory for its weights: on torch's "meta" device."""
+    """Builds the model without memory for its weights, on torch's "meta" device.
+
+    Raises UserError if the config asks for another number of layers or for impossible sizes.
+    """
     layers = {layer for full in tensors for layer in re.findall(r"^\D+\.(\d+)\.", full)}
-    if len(layers) != config.n_layers:          # asked first: to build 10^7 layers takes hours
+    if len(layers) != config.n_layers:          # checked first: building 10^7 layers takes hours
         raise UserError(f"{folder}: config.json says {config.n_layers} layers, the tensors are of "
                         f"{len(layers)}")
     try:
@@ -111,10 +122,14 @@ def empty_model(config: Config, folder: Path, tensors: dict[str, Stored]) -> Tra
         raise UserError(f"{folder / 'config.json'}: impossible sizes: {error}") from None
 
 
-def match(model: Transformer, tensors: dict[str, Stored], folder: Path) -> dict[str, list[str]]:
-    """places() of this model: every tensor has one, every place a tensor, and the shapes agree."""
+def match_tensors(model: Transformer, tensors: dict[str, Stored],
+                  folder: Path) -> dict[str, list[str]]:
+    """Matches the tensors to the model's parameters, as map_names() does.
+
+    Raises UserError if a tensor or a parameter is left over, or a shape or dtype does not fit.
+    """
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    plan = places(model.config, set(shapes))
+    plan = map_names(model.config, set(shapes))
     if set(plan) != set(tensors):
         raise UserError(f"{folder}: the tensors do not fit config.json: "
                         f"missing {some(set(plan) - set(tensors)) or 'none'}; "
@@ -133,17 +148,17 @@ def match(model: Transformer, tensors: dict[str, Stored], folder: Path) -> dict[
 def save_pretrained(model: Transformer, path: str | Path) -> None:
     """Writes config.json and model.safetensors, which load_pretrained and transformers read.
 
-    UserError: adapters that are not merged, or a Config that the family's format cannot say.
+    Raises UserError if the model has adapters, or if config.json cannot express its Config.
     """
     config, path, state = model.config, Path(path), model.state_dict()
-    plan = places(config, set(state))
+    plan = map_names(config, set(state))
     odd = set(state) - {name for names in plan.values() for name in names}
     if odd:
         raise UserError(f"{path}: the model has adapters, merge(model) before saving it; or it is "
                         f"no {config.model_type}: {some(odd)}")
     for name, tensor in state.items():
         refuse_not_finite(tensor, f"{path}: {name}")
-    raw = describe(config, model.embed.weight.dtype)
+    raw = make_config_json(config, model.embed.weight.dtype)
     read_back = asdict(parse_config(raw))
     lost = [name for name, value in asdict(config).items() if read_back[name] != value]
     if lost:
@@ -160,9 +175,10 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
 
 
 def texts_of(source: str | Path) -> list[Path]:
-    """The tokenizer's files and the generation settings, which merging does not change.
+    """Lists the files that merging does not change: the tokenizer's and the generation settings.
 
-    UserError: a link that leads out of the folder (the hub's cache links to its own blobs).
+    Raises UserError if one is a link that leads out of the folder. (The hub's cache links to its
+    own blobs.)
     """
     folder = find_folder(source).resolve()
     home = folder.parent.parent if folder.parent.name == "snapshots" else folder
@@ -174,8 +190,11 @@ def texts_of(source: str | Path) -> list[Path]:
 
 
 def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtype):
-    """-> the model in that dtype, its tokenizer, and max_length (None: MAX_LENGTH), which is at
-    most the model's positions. UserError: no such model, or one without a tokenizer."""
+    """Loads a model in that dtype -> model, tokenizer, max_length.
+
+    max_length is MAX_LENGTH if it is None, and at most the model's positions. Raises UserError if
+    there is no such model, or if it has no tokenizer.
+    """
     model, tokenizer = load_pretrained(path, dtype, device)
     if tokenizer is None:
         raise UserError(f"{path}: the folder holds no tokenizer")

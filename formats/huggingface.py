@@ -1,12 +1,12 @@
-"""What a Hugging Face checkpoint looks like: names, config.json, files.
+"""Knows the form of a Hugging Face checkpoint: its names, its config.json, its files.
 
-A checkpoint is a folder: config.json tells the shape, *.safetensors (or pytorch_model.bin) hold
-named tensors. checkpoint.py reads and writes whole ones, peft.py adapters.
-    1. tables    per family: a tensor's name there -> here, a config.json key -> a Config field
-    2. config    config.json <-> Config; whatever would be computed otherwise here is refused
-    3. files     names, shapes and dtypes, before any tensor is read
+A checkpoint is a folder. Its config.json tells the shape of the model. Its *.safetensors (or
+pytorch_model.bin) hold named tensors. checkpoint.py reads and writes whole checkpoints, peft.py
+adapters.
+    1. tables    of each family: tensor names there -> here, keys of config.json -> Config fields
+    2. config    config.json <-> Config, and what model.py cannot compute
+    3. files     the names, shapes and dtypes of tensors, before any tensor is read
 """
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from formats.json_files import read_json, read_json_if_there
 from model import Config
 from support.errors import UserError, refuse_not_finite
 
-# ---- 1. tables. {} is the layer's number; each name has a .weight, and a .bias where it is used
+# ---- 1. tables. {} is the layer's number. Each name has a .weight, and a .bias if that is used.
 
 LLAMA = {
     "model.embed_tokens": ["embed"],
@@ -47,11 +48,11 @@ GPT2 = {
     "transformer.ln_f": ["norm"],
     "lm_head": ["head"],
 }
-# The tensors that need work:
-# - c_attn is one layer that computes q, k and v: its outputs are split among our three Linears.
-# - OpenAI's GPT-2 kept its weights (in, out), and transformers' Conv1D still does: transposed.
+# Three kinds of tensors need work:
+# - c_attn is one layer that computes q, k and v. Its outputs are split among our three Linears.
+# - OpenAI's GPT-2 kept its weights (in, out), and transformers' Conv1D still does. We transpose.
 CONV1D = ("c_attn", "c_proj", "c_fc")
-# - Old files carry causal masks and rotary frequencies, which the model computes: left out.
+# - Old files hold causal masks and rotary frequencies. The model computes these: we skip them.
 BUFFERS = ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias",
            "model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
@@ -65,7 +66,7 @@ GPT2_KEYS = LLAMA_KEYS | {
     "d_model": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "n_kv_heads": "n_head",
     "d_ff": "n_inner", "max_positions": "n_positions", "norm_eps": "layer_norm_epsilon",
 }
-# Options that change the result, and the values that mean what model.py computes.
+# Options that change the result -> the values with which model.py computes the same.
 APPLIED = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
            "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
            "add_cross_attention": [False], "partial_rotary_factor": [1],
@@ -74,15 +75,17 @@ APPLIED = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pyt
 
 @dataclass
 class Family:
+    """Lists what differs between the files of two model types."""
     architecture: str                   # transformers' class
-    prefix: str                         # left out where a model was saved without its head
-    names: dict[str, list[str]]         # tensors
-    keys: dict[str, str]                # of config.json
-    defaults: dict                      # what transformers assumes for a key that is absent
-    fixed: dict                         # what its code decides, whatever the file says
+    prefix: str                         # files of a model saved without its head lack it
+    names: dict[str, list[str]]         # a tensor's name there -> its names here
+    keys: dict[str, str]                # Config field -> key of config.json
+    defaults: dict                      # key -> the value that transformers assumes without it
+    fixed: dict                         # key -> the value that transformers' code always takes
 
 
 def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
+    """Makes a family with LLaMA's names, keys and common defaults."""
     common = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
               "eos_token_id": None, "pad_token_id": None}
@@ -111,15 +114,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
           "float64": torch.float64}
 SAFE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                "F64": torch.float64}
-# What tells how to write with a model; and what to fetch from the hub beside the tensors.
+# The files that tell how to write with a model; all files to fetch beside the tensors.
 TEXTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
          "vocab.bpe", "tokenizer.model", "*.tiktoken"]
 SMALL = ["config.json", "*.index.json", *TEXTS]
 
 
-def places(config: Config, ours: set[str]) -> dict[str, list[str]]:
-    """The tables written out: full name in a checkpoint -> the names of ours that it fills."""
+def map_names(config: Config, ours: set[str]) -> dict[str, list[str]]:
+    """Maps each full name in a checkpoint to the names of ours that its tensor fills.
+
+    ours: the names of the model's parameters.
+    """
     return {f"{theirs.format(layer)}.{kind}": [f"{name.format(layer)}.{kind}" for name in names]
             for theirs, names in FAMILIES[config.model_type].names.items()
             for layer in range(config.n_layers) for kind in ("weight", "bias")
@@ -127,30 +133,22 @@ def places(config: Config, ours: set[str]) -> dict[str, list[str]]:
 
 
 def is_conv1d(full: str) -> bool:
+    """Tells whether the file keeps this weight (in, out)."""
     return full.rpartition(".")[0].endswith(CONV1D)
 
 
 # ---- 2. config
 
-def read_json(path: Path) -> dict:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(raw).__name__}")
-    return raw
+def read_model_config(folder: Path) -> tuple[Config, torch.dtype | None]:
+    """Reads config.json and generation_config.json -> Config, and the dtype or None.
 
-
-def read_config(folder: Path) -> tuple[Config, torch.dtype | None]:
-    """-> the folder's Config, and the dtype where its config.json names one."""
+    Raises UserError, which names the file, if model.py cannot compute this model.
+    """
     path, extra = folder / "config.json", folder / "generation_config.json"
-    raw, generation = read_json(path), read_json(extra) if extra.exists() else {}
+    raw, generation = read_json(path), read_json_if_there(extra)
     try:
         config = parse_config(raw)
-        name = raw.get("dtype") or raw.get("torch_dtype")           # since transformers 5; before
+        name = raw.get("dtype") or raw.get("torch_dtype")       # the latter before transformers 5
         if name not in [None, *DTYPES]:
             raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
         path = extra                    # its eos counts: LLaMA-3 instruct ends its turns with one
@@ -161,7 +159,10 @@ def read_config(folder: Path) -> tuple[Config, torch.dtype | None]:
 
 
 def parse_config(raw: dict) -> Config:
-    """The contents of a config.json -> Config. UserError: what is missing, absurd, not applied."""
+    """Parses the contents of a config.json.
+
+    Raises UserError if a value is missing or absurd, or an option is not computed here.
+    """
     kind = raw.get("model_type")
     if kind not in list(FAMILIES):
         raise UserError(f"model_type must be one of {', '.join(FAMILIES)}, found {kind!r}")
@@ -170,19 +171,20 @@ def parse_config(raw: dict) -> Config:
             raise UserError(f"{key} {str(raw[key])[:200]!r} is not supported")
     family = FAMILIES[kind]
     raw, keys = family.defaults | raw | family.fixed, family.keys
-    width, heads = check(raw, keys["d_model"], "size"), check(raw, keys["n_heads"], "size")
+    width, heads = (read_value(raw, keys[name], "size") for name in ("d_model", "n_heads"))
     if raw["head_dim"] is None and width % heads:
         raise UserError(f"{heads} heads do not divide a width of {width}")
     fallbacks = {"head_dim": width // heads, "num_key_value_heads": heads, "n_inner": 4 * width}
     raw |= {key: value for key, value in fallbacks.items() if raw.get(key) is None}
-    sizes = {name: check(raw, keys[name], "size") for name in (
+    sizes = {name: read_value(raw, keys[name], "size") for name in (
         "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff",
         "max_positions")}
-    qkv_bias = check(raw, "attention_bias", "flag")
+    qkv_bias = read_value(raw, "attention_bias", "flag")
     config = Config(
-        **sizes, model_type=kind, norm_eps=check(raw, keys["norm_eps"], "number"),
+        **sizes, model_type=kind, norm_eps=read_value(raw, keys["norm_eps"], "number"),
         qkv_bias=qkv_bias, o_bias=qkv_bias and kind != "qwen2", qk_norm=kind == "qwen3",
-        mlp_bias=check(raw, "mlp_bias", "flag"), tied=check(raw, "tie_word_embeddings", "flag"),
+        mlp_bias=read_value(raw, "mlp_bias", "flag"),
+        tied=read_value(raw, "tie_word_embeddings", "flag"),
         bos=(token_ids(raw, "bos_token_id") or [None])[0], eos=token_ids(raw, "eos_token_id"),
         pad=(token_ids(raw, "pad_token_id") or [None])[0])
     if heads % config.n_kv_heads or config.head_dim % 2 and kind != "gpt2":
@@ -194,20 +196,23 @@ def parse_config(raw: dict) -> Config:
     return config
 
 
-def check(raw: dict, key: str, kind: str):
-    """raw[key], if it is of that kind."""
+def read_value(raw: dict, key: str, kind: str):
+    """Returns raw[key]. Raises UserError if it is not of that kind: size, number or flag."""
     value = raw.get(key)
-    right, what = {
+    right, expected = {
         "size": (type(value) is int and 1 <= value <= 2 ** 24, "a whole number from 1 to 2^24"),
         "number": (type(value) in (int, float) and 0 < value < 1e30, "a positive number"),
         "flag": (type(value) is bool, "true or false")}[kind]
     if not right:
-        raise UserError(f"{key} must be {what}, found {value!r}")
+        raise UserError(f"{key} must be {expected}, found {value!r}")
     return value
 
 
 def token_ids(raw: dict, key: str) -> list[int]:
-    """A token id, a list of them or null -> a list. Some files write null as -1."""
+    """Returns raw[key], which is a token id, a list of them or null, as a list.
+
+    Some files write null as -1. Raises UserError if it is anything else.
+    """
     value = raw.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(v) is not int for v in values):
@@ -216,10 +221,11 @@ def token_ids(raw: dict, key: str) -> list[int]:
 
 
 def parse_rope(raw: dict) -> tuple[float, dict | None]:
-    """-> theta, and LLaMA-3.1's scaling where there is one.
+    """Reads the rotary positions -> theta, and LLaMA-3.1's scaling or None.
 
-    Before transformers 5: rope_theta beside rope_scaling (null, or a dict with "rope_type", once
-    "type"). Since: a dict rope_parameters, which holds rope_theta too.
+    Before transformers 5 rope_theta stood beside rope_scaling: null, or a dict with "rope_type"
+    (in older files "type"). Since then a dict rope_parameters holds rope_theta too.
+    Raises UserError if the positions are scaled in another way.
     """
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
@@ -228,27 +234,31 @@ def parse_rope(raw: dict) -> tuple[float, dict | None]:
              "original_max_position_embeddings": "size"}
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = {*kinds, "rope_theta", "rope_type", "type"}
-    if rope.get("partial_rotary_factor") == 1:          # all of each head is rotated: as here
+    if rope.get("partial_rotary_factor") == 1:          # all of each head is rotated, as here
         known.add("partial_rotary_factor")
     odd = set(rope) - known
     if kind not in ("default", "llama3") or odd:
         raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{some(odd)} is not supported, "
                         f"only default and llama3")
-    theta = check({"rope_theta": raw.get("rope_theta", 10000.0)} | rope, "rope_theta", "number")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
+    theta = read_value(rope, "rope_theta", "number")
     if kind == "default":
         return float(theta), None
     rope = {"original_max_position_embeddings": raw["max_position_embeddings"]} | rope
-    scaling = {key: check(rope, key, kind) for key, kind in kinds.items()}
+    scaling = {key: read_value(rope, key, kind) for key, kind in kinds.items()}
     if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise UserError("low_freq_factor must be below high_freq_factor")
     return float(theta), scaling
 
 
 def refuse_window(raw: dict, config: Config) -> None:
-    """Attention within a sliding window is not applied: no text may be longer than the window."""
+    """Raises UserError if a text may be longer than the model's sliding window.
+
+    model.py lets a token attend to all before it. Up to the window's length this is the same.
+    """
     if config.model_type == "llama":
         return
-    if config.model_type != "mistral":          # Qwen: the layers from max_window_layers on slide
+    if config.model_type != "mistral":          # Qwen's layers slide from max_window_layers on
         full, layers = raw.get("max_window_layers", 28), raw.get("layer_types")
         slides = raw.get("use_sliding_window") not in (None, False)
         slides = slides and not (type(full) is int and full >= config.n_layers)
@@ -258,13 +268,13 @@ def refuse_window(raw: dict, config: Config) -> None:
             return
     raw = {"sliding_window": 4096} | raw
     if raw["sliding_window"] is not None and (
-            check(raw, "sliding_window", "size") < config.max_positions):
+            read_value(raw, "sliding_window", "size") < config.max_positions):
         raise UserError(f"a sliding_window of {raw['sliding_window']} is not supported; lower "
                         f"max_position_embeddings to it, to use the model up to that length")
 
 
-def describe(config: Config, dtype: torch.dtype) -> dict:
-    """The contents of config.json, in the older dialect: transformers 5 reads it as well."""
+def make_config_json(config: Config, dtype: torch.dtype) -> dict:
+    """Makes the contents of config.json, in the older dialect, which transformers 5 reads too."""
     family = FAMILIES[config.model_type]
     raw = {"architectures": [family.architecture], "model_type": config.model_type,
            "torch_dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": config.tied,
@@ -283,24 +293,25 @@ def describe(config: Config, dtype: torch.dtype) -> dict:
 
 @dataclass
 class Stored:
-    """A tensor in a file, not yet read.
+    """Stands for a tensor in a file that is not yet read.
 
-    Files are mapped into memory, where each page once touched counts as ours until the file is
-    unmapped. So read() maps the file anew, and what it returns lets go of it.
+    A file is mapped into memory. Each page that was touched counts as ours until the file is
+    unmapped. So read() maps the file anew, and the file is unmapped once the tensor is dropped.
     """
     path: Path
     name: str
     shape: tuple
-    dtype: torch.dtype | None           # None: not plain floating-point numbers
-    kept: Tensor | None = None          # for a file that cannot be mapped
+    dtype: torch.dtype | None           # None if it is not plain floating-point numbers
+    kept: Tensor | None = None          # the tensor itself, if its file cannot be mapped
 
     def read(self) -> Tensor:
-        """Raises UserError, which names the tensor, if it holds NaN or infinity."""
+        """Reads the tensor. Raises UserError, which names it, if it holds NaN or infinity."""
         tensor = self.values()
         refuse_not_finite(tensor, f"{self.path}: {self.name}")
         return tensor
 
     def values(self) -> Tensor:
+        """Reads the tensor, whatever it holds."""
         if self.kept is not None:
             return self.kept
         if self.path.suffix != ".safetensors":
@@ -310,12 +321,12 @@ class Stored:
 
 
 def load_bin(path: Path, mmap: bool = True) -> dict[str, Tensor]:
-    """weights_only, because a pickle can run any code."""
+    """Reads a pickled checkpoint, weights_only because a pickle can run any code."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def stored_in(path: Path) -> list[Stored]:
-    """What the file holds, without reading the tensors."""
+    """Lists the tensors of a file without reading them. Raises UserError if it is broken."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -337,7 +348,11 @@ def stored_in(path: Path) -> list[Stored]:
 
 
 def all_stored(folder: Path) -> list[Stored]:
-    """The folder's tensors, safetensors first; an index lists the shards of a large model."""
+    """Lists the tensors of a folder, of safetensors if it has them.
+
+    A large model is cut into shards, which an index lists. Raises UserError if a file is missing
+    or broken, or the index names a file outside the folder.
+    """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).exists():
             return stored_in(folder / name)
@@ -346,7 +361,7 @@ def all_stored(folder: Path) -> list[Stored]:
             shards = read_json(index).get("weight_map")
             if not isinstance(shards, dict) or not shards:
                 raise UserError(f"{index}: weight_map must name the file of each tensor")
-            for shard in shards.values():       # the name alone: the hub's files are links
+            for shard in shards.values():       # by name, since the hub's files are links
                 if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                     raise UserError(f"{index}: {shard!r} is not the name of a file beside it")
             found = [t for shard in sorted(set(shards.values())) for t in stored_in(folder / shard)]
@@ -358,5 +373,6 @@ def all_stored(folder: Path) -> list[Stored]:
 
 
 def some(names) -> str:
+    """Joins the first three names, and counts the others."""
     names = sorted(" ".join(str(name).split()) for name in names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

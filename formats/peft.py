@@ -1,21 +1,21 @@
-"""PEFT's adapter files <-> our adapter layers.
+"""Reads PEFT's adapter files into our adapter layers, and writes our layers for PEFT.
 
-A folder: adapter_config.json and adapter_model.safetensors, whose tensors are named by the module
-they adapt in the Hugging Face model,
+A folder holds adapter_config.json and adapter_model.safetensors. The tensors are named by the
+module that they adapt in the Hugging Face model:
     base_model.model.<module>.lora_A.weight                 (r, in)
     base_model.model.<module>.lora_B.weight                 (out, r)
     base_model.model.<module>.lora_magnitude_vector         (out,)      DoRA
     base_model.model.<module>.lora_E                        (r, 1)      AdaLoRA, all without .weight
 An update is lora_alpha / r * B A, with use_rslora lora_alpha / sqrt(r) * B A.
 
-What is written is always a LoRA (with magnitudes for DoRA):
+export_peft() always writes a LoRA (with magnitudes for DoRA):
     LoRA, LoRA+, DoRA   as they are
     AdaLoRA             the directions that were kept, lam in A: a rank of its own for each module
     LoRA-Dash           after the dash exactly a LoRA of rank r + s: [B, U diag(c)/scale] [A; Vt]
     Dual LoRA           no LoRA of low rank: the best one of a given rank, by the singular values
-GPT-2's c_attn is one module that computes q, k and v, which are three layers here. Written, it gets
-their A's below each other and a block-diagonal B: rank 3 r. Read, each of the three gets A and its
-part of B: the same update, in which the three go on with an A of their own.
+GPT-2's c_attn is one module that computes q, k and v. These are three layers here. Written, the
+module gets their A's below each other and a block-diagonal B: rank 3 r. Read, each of the three
+gets A and its own part of B. The update is the same, but each layer trains its own A from then on.
 """
 import json
 import math
@@ -28,14 +28,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from formats.huggingface import FAMILIES, places, read_json, some, stored_in
+from formats.huggingface import FAMILIES, map_names, some, stored_in
+from formats.json_files import read_json
 from methods import adapters, inject
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write
 
 READ = {"peft_type", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora",
         "bias", "init_lora_weights", "init_r"}
-# What need not be read: the tensors say it, or it only led to them.
+# Keys that need not be read: the tensors say the same, or the key only led to them.
 HARMLESS = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
             "layers_pattern", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision",
             "inference_mode", "auto_mapping", "peft_version", "megatron_core", "loftq_config",
@@ -45,7 +46,7 @@ HARMLESS = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to
 
 
 class Update(NamedTuple):
-    """scale * B A, and DoRA's magnitude."""
+    """Holds one module's update, scale * B A, and DoRA's magnitude."""
     A: Tensor                           # (r, in)
     B: Tensor                           # (out, r)
     scale: float
@@ -55,12 +56,14 @@ class Update(NamedTuple):
 # ---- out
 def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
                 base: str | None = None) -> dict[str, float]:
-    """Writes the model's adapters; -> of each module how much of a Dual LoRA update is lost,
-    ||dW - B A|| / ||dW|| (Frobenius), for the others nothing.
+    """Writes the model's adapters -> the share of each Dual LoRA update that is lost.
 
-    rank: of the LoRA that stands for Dual LoRA, which must have it (a narrower layer gets its full
-    rank); base: the pretrained model's name, for adapter_config.json. UserError: no adapters, an
-    unknown layer, a rank out of place.
+    This share is ||dW - B A|| / ||dW|| (Frobenius), by the path of the layer. Other methods lose
+    nothing, and the dict is empty.
+    rank: the rank of the LoRA that stands for Dual LoRA, which needs one. A narrower layer gets
+    its full rank. base: the pretrained model's name, for adapter_config.json.
+    Raises UserError if there are no adapters, PEFT has no module for a layer, or the rank does not
+    suit the method.
     """
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
@@ -110,16 +113,17 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
 
 
 def modules_of(model) -> dict[str, list[str]]:
-    """PEFT's module -> the paths of our layers that it computes."""
+    """Maps each of PEFT's modules to the paths of our layers that it computes."""
     linear = {name for name, module in model.named_modules()
               if isinstance(module, nn.Linear) or hasattr(module, "base")}
-    full = places(model.config, {f"{name}.weight" for name in linear})
+    full = map_names(model.config, {f"{name}.weight" for name in linear})
     return {theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in ours]
             for theirs, ours in full.items() if theirs != "lm_head.weight"}
 
 
 @torch.no_grad()
 def as_lora(layer, method: str, rank: int | None) -> Update:
+    """Writes the layer's update as a LoRA. `rank` is for Dual LoRA."""
     if method == "adalora":
         kept = layer.lam.nonzero()[:, 0]
         kept = kept if len(kept) else kept.new_zeros(1)             # PEFT has no rank 0
@@ -137,7 +141,10 @@ def as_lora(layer, method: str, rank: int | None) -> Update:
 
 @torch.no_grad()
 def fused(parts: dict[int, Update], layers: list) -> Update:
-    """One update for a module that computes all `layers`, of which `parts` (by place) have one."""
+    """Joins the updates of a module that computes several layers.
+
+    layers: all layers of the module. parts: place among them -> update, if it has one.
+    """
     if len(layers) == 1:
         return parts[0]
     scale, first = next(iter(parts.values())).scale, next(iter(parts.values())).A
@@ -158,6 +165,7 @@ def fused(parts: dict[int, Update], layers: list) -> Update:
 
 
 def peft_config(model, modules: dict[str, Update], known, base: str | None) -> dict:
+    """Makes the contents of adapter_config.json."""
     r, rank_pattern = pattern_of(ranks(modules))
     alpha, alpha_pattern = pattern_of(alphas(modules))
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
@@ -171,11 +179,12 @@ def peft_config(model, modules: dict[str, Update], known, base: str | None) -> d
 
 # ---- in
 def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
-    """Injects a pretrained model with the adapters that PEFT left in `folder`: as LoRA, as DoRA
-    where they have magnitudes; AdaLoRA's as LoRA, with lam in A.
+    """Injects a pretrained model with the adapters that PEFT left in `folder`.
 
-    own: the method's options, to train on with. UserError: what a config asks for and is
-    not read here, a tensor that has no place or does not fit.
+    They become LoRA layers, or DoRA layers if they have magnitudes. AdaLoRA's become LoRA layers
+    too, with lam in A. own: the method's options, to train on with.
+    Raises UserError if the config asks for something that is not read here, or if a tensor has no
+    place, does not fit or overflows. The model is as it was then.
     """
     raw, path = read_peft_config(folder), Path(folder) / "adapter_config.json"
     method, modules = peft_method(raw), modules_of(model)
@@ -189,7 +198,8 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
         scale, split = scale_of(raw, path, module, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
         for layer, part, lengths in zip(ours, B.split(sizes), magnitudes):
-            updates[layer] = Update(*(used(A, part) if split else (A, part)), scale, lengths)
+            update = Update(*(used(A, part) if split else (A, part)), scale, lengths)
+            updates[layer] = cast(update, model.get_submodule(layer).weight, f"{folder}: {layer}")
     known = [layer for layers in modules.values() for layer in layers]
     dropout = number(raw, path, "lora_dropout", 0)
     try:
@@ -202,12 +212,14 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
             for parameter, value in updates[name]._asdict().items():
                 if isinstance(value, Tensor):
                     getattr(layer, parameter).copy_(value)
-                    refuse_not_finite(getattr(layer, parameter), f"{folder}: {name}.{parameter}")
     return model
 
 
 def fitting(found: dict[str, Tensor], n_out: int, n_in: int) -> tuple:
-    """-> A (r, in), B (out, r), magnitude (out,) or None; A is None where a shape is another."""
+    """Returns A (r, in), B (out, r) and the magnitude (out,) or None.
+
+    All three are None if a shape does not fit.
+    """
     r, magnitude = len(found["lora_A"]), found.get("lora_magnitude_vector")
     right = {"lora_A": (r, n_in), "lora_B": (n_out, r), "lora_E": (r, 1),
              "lora_magnitude_vector": (n_out,)}
@@ -220,21 +232,36 @@ def fitting(found: dict[str, Tensor], n_out: int, n_in: int) -> tuple:
     return A, B, magnitude
 
 
+def cast(update: Update, W0: Tensor, where: str) -> Update:
+    """Casts an update to the dtype of an adapter: float32, or float64 on a float64 W0.
+
+    Raises UserError, which begins with `where`, if a value overflows.
+    """
+    dtype = torch.float64 if W0.dtype == torch.float64 else torch.float32
+    parts = {name: value.to(dtype) if isinstance(value, Tensor) else value
+             for name, value in update._asdict().items()}
+    for name, value in parts.items():
+        if isinstance(value, Tensor):
+            refuse_not_finite(value, f"{where}.{name}")
+    return Update(**parts)
+
+
 def used(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the rows of A that only other parts of a fused layer use; at least one stays."""
+    """Drops the rows of A that only other parts of a fused layer use. At least one stays."""
     columns = B.any(0)
     columns[0] |= not columns.any()
     return A[columns], B[:, columns]
 
 
 def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
-    """The last parts of `paths`, where these name no others of the known paths; else the paths."""
+    """Shortens `paths` to their last parts, unless these name other known paths too."""
     paths = set(paths)
     leaves = {path.rpartition(".")[2] for path in paths}
     return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
 
 
 def ranks(updates: dict[str, Update]) -> dict[str, int]:
+    """Returns each rank."""
     return {name: len(update.A) for name, update in updates.items()}
 
 
@@ -255,13 +282,13 @@ def one_or_each(values: dict):
 
 
 def whole(number: float) -> float | int:
-    """8.0 -> 8, as PEFT writes an alpha; also where a product left a hair beside it."""
+    """Turns 8.0 into 8, as PEFT writes an alpha. A product that missed 8 by a hair gives 8 too."""
     near = round(number)
     return near if math.isclose(number, near, rel_tol=1e-9) else number
 
 
 def read_peft_config(folder: str | Path) -> dict:
-    """UserError: what is not read here, by name."""
+    """Reads adapter_config.json. Raises UserError, which names the key, if one is not read here."""
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
     if raw.get("peft_type") not in ("LORA", "ADALORA"):
@@ -283,6 +310,7 @@ def peft_method(raw: dict) -> str:
 
 
 def number(raw: dict, path: Path, name: str, default: float | None = None) -> float:
+    """Returns raw[name]. Raises UserError if it is not a number from 0 on."""
     value = raw.get(name, default)
     if type(value) not in (int, float) or not 0 <= value < 1e9:
         raise UserError(f"{path}: {name} must be a number from 0 on, found {str(value)[:60]!r}")
@@ -290,7 +318,7 @@ def number(raw: dict, path: Path, name: str, default: float | None = None) -> fl
 
 
 def scale_of(raw: dict, path: Path, module: str, r: int) -> float:
-    """What PEFT multiplies B A with."""
+    """Finds the factor by which PEFT multiplies B A."""
     alpha, patterns = number(raw, path, "lora_alpha", 8), raw.get("alpha_pattern") or {}
     if raw["peft_type"] == "ADALORA":           # which knows no patterns
         r = number(raw, path, "init_r", 12)
@@ -306,7 +334,10 @@ def scale_of(raw: dict, path: Path, module: str, r: int) -> float:
 
 
 def read_tensors(folder: Path, model, modules) -> dict[str, dict[str, Tensor]]:
-    """module -> lora_A, ... -> tensor. UserError: a name that is not read here, or unknown."""
+    """Reads all tensors: module -> lora_A, lora_B, ... -> tensor.
+
+    Raises UserError if a name is unknown or not read here.
+    """
     names = ("adapter_model.safetensors", "adapter_model.bin")
     file = next((folder / name for name in names if (folder / name).exists()), None)
     if file is None:

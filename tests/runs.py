@@ -6,6 +6,7 @@ import pytest
 
 import eval as evaluation
 import train
+from data.task import Setup
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
@@ -31,3 +32,8 @@ def refused(capsys, *flags: str, main=train.main) -> str:
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and error.startswith("error: ")
     return error
+
+
+def setup_of(model=None, tokenizer=None, max_length=256, **more) -> Setup:
+    """What a task is built with; without a model where a test scores nothing."""
+    return Setup(tokenizer, model and model.config, max_length, **more)

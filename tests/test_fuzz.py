@@ -16,6 +16,7 @@ import torch
 from conftest import BASE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import setup_of
 from safetensors.torch import load_file, save_file
 
 from data import load_task
@@ -235,17 +236,17 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
     model = inject(load_pretrained(files / "llama")[0], "lora", ["q"], rank=2)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1))
     with tempfile.TemporaryDirectory() as place:
-        args = flags_of_train.parse(["--method", "dora"])
-        flags_of_train.resolve(args)
-        vars(args).update(steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
-                          max_length=64, command="python train.py --method dora")
-        content = json.dumps({"args": vars(args), "before": None, "versions": {}})
+        args = vars(flags_of_train.parse(["--method", "dora"]))
+        args.pop("given")
+        args |= dict(lr=0.01, steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
+                     max_length=64, command="python train.py --method dora")
+        content = json.dumps({"args": args, "before": None, "versions": {}})
         Path(place, "config.json").write_text(content)
         assert reread(place).method == "dora"
         own = Run()
         own.folder = Path(place)
         own.checkpoint(model, optimizer, 3)
-        path = Path(place, run.NEWEST)
+        path = Path(place, run.CHECKPOINT)
         path.write_bytes(data.draw(damaged(path.read_bytes())))
         tried(lambda: own.restore(model, optimizer))
         content = data.draw(altered(json.loads(content)).map(
@@ -256,9 +257,7 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
 
 def reread(folder):
     """What --resume makes of a config.json before it loads anything."""
-    args = run.resumed(flags_of_train.parse(["--resume", "--out", folder]))
-    flags_of_train.verify(args)
-    return args
+    return run.resumed(flags_of_train.parse(["--resume", "--out", folder]))
 
 
 # ---- tokenizers
@@ -374,7 +373,7 @@ def test_any_data(base, task, data):
                 content = data.draw(kinds)
             path.write_bytes(content)
         where = ({"data": str(path)} if task in ("jsonl", "text") else {"data_dir": place})
-        tried(lambda: load_task(task.split()[0], base[1], 64, **where))
+        tried(lambda: load_task(task.split()[0], setup_of(*base, 64), **where))
 
 
 @fuzzed

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE, SHARED, needs
+from runs import setup_of
 
 import train
 from data import load_task
 from data.commonsense import SETS, average, example, extract, option_texts, read_rows
-from data.task import score
 from formats.checkpoint import load_pretrained
 from methods import adapters, inject, merge
 from support.errors import UserError
@@ -145,10 +145,11 @@ def folder_of(path, sets, train=("boolq",), rows=20):
 
 def test_missing_sets_are_named_and_the_average_says_how_many_it_covers(base, tmp_path):
     model, tokenizer = base
-    task = load_task("commonsense", tokenizer, 128, data_dir=folder_of(tmp_path, ["boolq", "piqa"]))
+    task = load_task("commonsense", setup_of(*base, 128),
+                     data_dir=folder_of(tmp_path, ["boolq", "piqa"]))
     assert "hellaswag" in task.notes["missing"] and "boolq" not in task.notes["missing"]
     assert (len(task.train), len(task.valid), len(task.test)) == (18, 2, 40)
-    scores = score(model, tokenizer, task)
+    scores = task.score(model, task.test)
     assert set(scores.values) == {
         f"{kind}/{name}" for kind in ("accuracy", "likelihood", "unparsed")
         for name in ("BoolQ", "PIQA", "Avg. of 2")}
@@ -164,16 +165,17 @@ def test_missing_sets_are_named_and_the_average_says_how_many_it_covers(base, tm
 def test_a_merged_training_file_is_used_alone(base, tmp_path):
     folder = folder_of(tmp_path, ["boolq"])
     (tmp_path / "commonsense_170k.json").write_text(json.dumps([row(f"{i}?") for i in range(30)]))
-    task = load_task("commonsense", base[1], 128, data_dir=folder)
+    task = load_task("commonsense", setup_of(*base, 128), data_dir=folder)
     assert len(task.train) == 27 and {e.group for e in task.train + task.valid} == {"train"}
 
 
 def test_scores_and_texts_are_the_same_for_every_batch_size_greedy_and_with_beams(base, tmp_path):
     model, tokenizer = base
-    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=6)
+    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=3)
     for beams in (1, 3):
-        task = load_task("commonsense", tokenizer, 128, data_dir=folder, beams=beams)
-        assert score(model, tokenizer, task, batch_size=1) == score(model, tokenizer, task)
+        one, many = (load_task("commonsense", setup_of(*base, 128, batch_size=size),
+                               data_dir=folder, beams=beams) for size in (1, 128))
+        assert one.score(model, one.test) == many.score(model, many.test)
 
 
 def test_a_run_counts_an_example_that_is_cut_once_and_checks_wrong_choices_before_it_starts(
@@ -200,19 +202,20 @@ def test_merging_changes_no_score(tmp_path, method):
     inject(model, method, ["q", "v"], **({"update_warmup": 0} if method == "dual" else {}))
     for layer in adapters(model).values():
         torch.nn.init.normal_(layer.B, std=0.05)
-    task = load_task("commonsense", tokenizer, 128, data_dir=folder_of(tmp_path, ["boolq", "piqa"]))
-    assert score(model, tokenizer, task) == score(merge(model), tokenizer, task)
+    folder = folder_of(tmp_path, ["boolq", "piqa"], rows=4)
+    task = load_task("commonsense", setup_of(model, tokenizer, 128), data_dir=folder)
+    assert task.score(model, task.test) == task.score(merge(model), task.test)
 
 
 def test_a_template_of_the_user_s_shapes_the_prompt(base, tmp_path):
     (tmp_path / "mine.txt").write_text("Task:\n{instruction}\n\nMy answer:\n")
-    task = load_task("commonsense", base[1], 128, data_dir=folder_of(tmp_path, ["boolq"]),
+    task = load_task("commonsense", setup_of(*base, 128), data_dir=folder_of(tmp_path, ["boolq"]),
                      prompt_template=str(tmp_path / "mine.txt"))
     assert task.test[0].prompt.startswith("Task:\nboolq test 0?")
     assert task.test[0].prompt.endswith("\n\nMy answer:")
     (tmp_path / "mine.txt").write_text("no place")
     with pytest.raises(UserError, match="mine.txt.*{instruction}"):
-        load_task("commonsense", base[1], 128, data_dir=str(tmp_path),
+        load_task("commonsense", setup_of(*base, 128), data_dir=str(tmp_path),
                   prompt_template=str(tmp_path / "mine.txt"))
 
 
@@ -228,22 +231,23 @@ def test_a_wrong_file_is_named_with_its_row(base, tmp_path, content, said):
     folder = folder_of(tmp_path, ["boolq"])
     (tmp_path / "boolq" / "test.json").write_text(content)
     with pytest.raises(UserError, match=rf"boolq/test\.json.*{said}"):
-        load_task("commonsense", base[1], 128, data_dir=folder)
+        load_task("commonsense", setup_of(*base, 128), data_dir=folder)
 
 
 def test_folders_without_sets_or_training_data_are_refused(base, tmp_path):
     for folder, said in ((tmp_path / "none", "not a folder"), (tmp_path, "none of boolq")):
         with pytest.raises(UserError, match=said):
-            load_task("commonsense", base[1], 128, data_dir=str(folder))
+            load_task("commonsense", setup_of(*base, 128), data_dir=str(folder))
     folder_of(tmp_path, ["piqa"], train=())
     with pytest.raises(UserError, match="commonsense_170k.json"):
-        load_task("commonsense", base[1], 128, data_dir=str(tmp_path))
+        load_task("commonsense", setup_of(*base, 128), data_dir=str(tmp_path))
     folder_of(tmp_path / "one", ["boolq"], rows=1)
     with pytest.raises(UserError, match="one: fewer than 2 examples"):
-        load_task("commonsense", base[1], 128, data_dir=str(tmp_path / "one"))
+        load_task("commonsense", setup_of(*base, 128), data_dir=str(tmp_path / "one"))
 
 
 @needs(REAL)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETS)
 def test_every_real_gold_output_is_parsed_and_right(name):
     if not (REAL / name).exists():
@@ -257,8 +261,9 @@ def test_every_real_gold_output_is_parsed_and_right(name):
 
 
 @needs(REAL)
+@pytest.mark.slow
 def test_the_real_folder_loads_whole(base):
-    task = load_task("commonsense", base[1], 256, data_dir=str(REAL))
+    task = load_task("commonsense", setup_of(*base, 256), data_dir=str(REAL))
     counts = {name: sum(e.group == name for e in task.test) for name in SETS.values()}
     assert counts == {"BoolQ": 3270, "PIQA": 1838, "SIQA": 1954, "HellaS": 0, "WinoG": 1267,
                       "ARC-e": 2376, "ARC-c": 1172, "OBQA": 500}

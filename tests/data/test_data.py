@@ -5,10 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import BASE
+from runs import setup_of
 
 from data import load_task
-from data.task import (Example, Sequence, choice_losses, collate, encode, encode_all,
-                       encode_targets, recall, sample, score_targets, split_file, spread,
+from data.reading import hold_out, split_file
+from data.scoring import choice_losses, recall, score_targets
+from data.task import (Example, Sequence, TextTask, collate, encode, encode_targets, sample,
                        target_loss)
 from data.world import World, cloze
 from formats.checkpoint import load_pretrained
@@ -51,7 +53,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
         assert cut and tokens[:start] == [tokenizer.bos, *whole.tokens[4:whole.start]]
         assert tokenizer.decode(tokens[start:-1]) == choice
     alone = encode(example, tokenizer, size - 3)                        # which need not be cut
-    assert choice_losses(model, tokenizer, [example], 8, size - 3)[0][0] != pytest.approx(
+    assert choice_losses(model, setup_of(*base, size - 3), [example])[0][0] != pytest.approx(
         score_targets(model, [alone], 1)[0].loss, rel=1e-6)
     with pytest.raises(UserError, match="--max-length 6.*eleven"):
         encode_targets(example, example.choices, tokenizer, 6)
@@ -72,7 +74,7 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
     alone = [[score_targets(model, [s], 1)[0].loss
               for s in encode_targets(e, e.choices, tokenizer, 99)] for e in examples]
     for batch_size in (1, 6, 99):
-        losses = choice_losses(model, tokenizer, examples, batch_size, 99)
+        losses = choice_losses(model, setup_of(model, tokenizer, 99, batch_size=batch_size), examples)
         assert [len(row) for row in losses] == [3, 2, 1, 3]
         assert sum(losses, []) == pytest.approx(sum(alone, []), rel=1e-5)
     # a long prompt beside a long choice: padding takes no positions, of which there are no more
@@ -80,7 +82,8 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
     model.init_weights()
     examples = [Example("Ann " * 20, " no", (" no", " yes")),
                 Example("Ann", " no" * 20, (" no" * 20, " yes"))]
-    alone, together = (choice_losses(model, tokenizer, examples, size, 32) for size in (1, 99))
+    alone, together = (choice_losses(
+        model, setup_of(model, tokenizer, 32, batch_size=size), examples) for size in (1, 99))
     assert sum(together, []) == pytest.approx(sum(alone, []), rel=1e-5)
 
 
@@ -118,19 +121,20 @@ def test_right_means_that_greedy_decoding_writes_the_target(base):
 
 def test_scores_do_not_depend_on_the_batch_size(base):
     model, tokenizer = base
-    task = load_task("facts", tokenizer, 256)
+    task = load_task("facts", setup_of(model, tokenizer, 256))
     few = task.test[::40]
-    assert recall(model, tokenizer, few, 1, 256) == recall(model, tokenizer, few, 64, 256)
+    one, many = (recall(model, setup_of(*base, batch_size=size), few) for size in (1, 64))
+    assert one == many
 
 
 def test_the_base_knows_its_world(base):
     model, tokenizer = base
-    before = recall(model, tokenizer, load_task("facts", tokenizer, 256).valid, 128, 256).values
+    before = recall(model, setup_of(*base), load_task("facts", setup_of(*base)).valid).values
     assert before["kept"] > 0.95 and before["new"] < 0.05 and before["paraphrase"] < 0.05
 
 
 def test_facts_splits_score_every_fact_once(base):
-    task = load_task("facts", base[1], 256)
+    task = load_task("facts", setup_of(*base, 256))
     prompts = [e.prompt for e in task.test + task.valid]
     assert len(set(prompts)) == len(prompts)
     rewritten = {e.prompt for e in task.train}
@@ -142,7 +146,7 @@ def test_facts_splits_score_every_fact_once(base):
 
 
 def test_kept_facts_are_of_relations_that_fine_tuning_changes(base):
-    task = load_task("facts", base[1], 256)
+    task = load_task("facts", setup_of(*base, 256))
     relation = {cloze(fact, 0): fact.relation for fact in World().facts}
     kept = {relation[e.prompt, e.target] for e in task.test if e.group == "kept"}
     assert kept == {"home", "job", "pet", "food", "instrument", "colour", "month"}
@@ -173,7 +177,7 @@ def test_a_tokenizer_of_another_model_is_an_error(base):
     model = load_pretrained(BASE)[0]
     model.config.vocab_size = 100
     with pytest.raises(UserError, match="belong together"):
-        encode_all([Example("Ada", " lives")], base[1], model, 99)
+        TextTask("t", [], [], [], setup_of(model, base[1]), {}).sequence(Example("Ada", " lives"))
 
 
 def test_a_file_is_split_eight_one_one():
@@ -183,13 +187,13 @@ def test_a_file_is_split_eight_one_one():
 
 
 def test_rows_held_out_are_evenly_spread_and_no_longer_trained_on():
-    rest, held = spread(list(range(100)), 5, "file")
+    rest, held = hold_out(list(range(100)), 5, "file")
     assert held == [0, 20, 40, 60, 80] and sorted(rest + held) == list(range(100))
-    assert spread([1, 2, 3], 480, "file") == ([2, 3], [1])          # one at least, a tenth at most
-    assert len(spread(list(range(1000)), 480, "file")[1]) == 100
-    assert len(spread(list(range(30000)), 1000, "file")[1]) == 1000
+    assert hold_out([1, 2, 3], 480, "file") == ([2, 3], [1])          # one at least, a tenth at most
+    assert len(hold_out(list(range(1000)), 480, "file")[1]) == 100
+    assert len(hold_out(list(range(30000)), 1000, "file")[1]) == 1000
     with pytest.raises(UserError, match="file: fewer than 2 examples"):
-        spread([1], 5, "file")
+        hold_out([1], 5, "file")
 
 
 def test_a_sample_takes_as_many_of_each_group_and_none_twice():
@@ -201,14 +205,14 @@ def test_a_sample_takes_as_many_of_each_group_and_none_twice():
 @pytest.mark.parametrize("name", ["commonsense", "e2e", "glue/rte"])
 def test_a_task_of_files_needs_a_folder(name):
     with pytest.raises(UserError, match="needs --data-dir"):
-        load_task(name, None, 256)
+        load_task(name, setup_of())
 
 
 def test_blocks_of_text_hold_each_token_once(base, tmp_path):
     _, tokenizer = base
     text = "".join(f"line {i} of the text\n" for i in range(300))
     (tmp_path / "t.txt").write_text(text)
-    task = load_task("text", tokenizer, 32, data=str(tmp_path / "t.txt"))
+    task = load_task("text", setup_of(*base, 32), data=str(tmp_path / "t.txt"))
     ids = [t for block in task.train + task.valid + task.test for t in block.tokens[1:]]
     assert ids == tokenizer.encode(text)
     assert all(block.tokens[0] == tokenizer.bos and len(block.tokens) <= 32
@@ -222,14 +226,14 @@ def test_each_kind_of_wrong_line_is_named(line, base, tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"prompt": "a", "target": "b"}) + "\n" + line + "\n")
     with pytest.raises(UserError, match=r"d\.jsonl:2: "):
-        load_task("jsonl", base[1], 256, data=str(path))
+        load_task("jsonl", setup_of(*base, 256), data=str(path))
 
 
 def test_text_that_is_not_utf8_or_too_short_is_an_error(base, tmp_path):
     path = tmp_path / "t.txt"
     path.write_bytes(b"\xef\xbb\xbfabc\r\n\xff")              # behind a byte order mark
     with pytest.raises(UserError, match=r"t\.txt:2: not UTF-8"):
-        load_task("text", base[1], 256, data=str(path))
+        load_task("text", setup_of(*base, 256), data=str(path))
     path.write_text("short")
     with pytest.raises(UserError, match="too few"):
-        load_task("text", base[1], 256, data=str(path))
+        load_task("text", setup_of(*base, 256), data=str(path))

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import BASE, SHARED, needs
+from runs import setup_of
 
 from data import e2e, load_task
 from data.e2e import normal_form, read_csv, read_txt
@@ -20,7 +21,7 @@ with_real_files = needs(REAL)
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_task("mini-e2e", None, 256)
+    return load_task("mini-e2e", setup_of())
 
 
 def split(*texts: str) -> list[list[str]]:
@@ -113,9 +114,9 @@ def test_meteor_by_hand(monkeypatch):
 def test_meteor_is_left_out_without_wordnet(monkeypatch, capsys):
     monkeypatch.setattr("nltk.corpus.wordnet", wordnet(LookupError()))
     monkeypatch.setattr(e2e, "write", lambda *args, **options: ["a b c d"])
-    task = load_task("mini-e2e", None, 256)
+    task = load_task("mini-e2e", setup_of())
     for _ in range(2):
-        scores = task.score(None, None, [Example("p", " a", references=("a b c d",))], 1)
+        scores = task.score(None, [Example("p", " a", references=("a b c d",))])
         assert list(scores.values) == ["bleu", "nist", "rouge_l", "cider"]
     assert "WordNet" in task.notes["meteor"]
     assert capsys.readouterr().err.count("meteor") == 1
@@ -137,6 +138,7 @@ def test_scores_of_odd_texts_are_finite(outputs, references):
         assert outputs.count("") < len(outputs) or value == 0, name
 
 
+@pytest.mark.slow
 def test_the_metric_libraries_are_imported_only_where_they_are_used():
     code = "import sys, data; print({'nltk', 'sacrebleu', 'rouge_score'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=BASE.parents[1],
@@ -154,19 +156,19 @@ WORDS = SimpleNamespace(encode=str.split)        # a tokenizer, as far as readin
 
 def folder_of(path: Path, txt: dict | None = None, csv: dict | None = None) -> str:
     """The three files of either kind; txt and csv replace the content of some."""
-    for files, default, names in ((txt, TXT, e2e.FILES["txt"]), (csv, CSV, e2e.FILES["csv"])):
-        for name in names if files is not None else ():
+    for files, default, kind in ((txt, TXT, "txt"), (csv, CSV, "csv")):
+        for name in e2e.CHALLENGE_FILES[kind] if files is not None else ():
             path.joinpath(name).write_bytes(files.get(name, default).encode())
     return str(path)
 
 
 def load(folder: str):
-    return load_task("e2e", WORDS, 256, data_dir=folder)
+    return load_task("e2e", setup_of(tokenizer=WORDS), data_dir=folder)
 
 
 def test_txt_lines_become_pairs_to_learn_and_groups_to_score(tmp_path):
     lines = "name : A||One .\n\nname : B||Two .\nname : A||Three  words . \n"
-    task = load(folder_of(tmp_path, {name: lines for name in e2e.FILES["txt"]}))
+    task = load(folder_of(tmp_path, {name: lines for name in e2e.CHALLENGE_FILES["txt"]}))
     assert [(e.prompt, e.target) for e in task.train] == [
         ("name : A\nDescription:", " One ."), ("name : B\nDescription:", " Two ."),
         ("name : A\nDescription:", " Three words .")]
@@ -231,6 +233,7 @@ def test_missing_files_are_named(tmp_path):
 
 
 @with_real_files
+@pytest.mark.slow
 def test_the_real_files():
     task = load(str(REAL))
     assert [len(task.train), len(task.valid), len(task.test)] == [42061, 547, 630]
@@ -244,7 +247,7 @@ def test_the_real_files():
 
 # ---- the built-in world
 def test_mini_e2e_is_the_same_every_time(mini):
-    again = load_task("mini-e2e", None, 256)
+    again = load_task("mini-e2e", setup_of())
     assert (mini.train, mini.valid, mini.test) == (again.train, again.valid, again.test)
     first = mini.test[0]
     assert first.prompt.startswith("name : ") and first.prompt.endswith("\nDescription:")
@@ -274,17 +277,17 @@ def test_mini_e2e_tells_every_attribute_in_several_texts(mini, base):
 # ---- scoring a model
 @pytest.mark.parametrize("beams", [1, 3])
 def test_scores_do_not_depend_on_the_batch_size(base, beams):
-    task = load_task("mini-e2e", base[1], 256, beams=beams)
-    few = task.test[::20]
-    assert task.score(*base, few, 1) == task.score(*base, few, 4)
+    one, many = (load_task("mini-e2e", setup_of(*base, batch_size=size), beams=beams)
+                 for size in (1, 4))
+    assert one.score(base[0], one.test[::45]) == many.score(base[0], many.test[::45])
 
 
 def test_a_text_to_compare_with_may_be_longer_than_any_input(base, tmp_path):
     long = " ".join(["word"] * 300)
     folder = folder_of(tmp_path, txt={"test.txt": f"name : A||{long}\n{long} : B||short\n"})
     model, tokenizer = base
-    task = load_task("e2e", tokenizer, 128, data_dir=folder)
-    short, cut = (task.sequences(example, tokenizer, model) for example in task.test)
+    task = load_task("e2e", setup_of(model, tokenizer, 128), data_dir=folder)
+    short, cut = (task.scored(example) for example in task.test)
     assert [(len(s.tokens) < 128, s.cut) for s in short] == [(True, False)]
     assert [(len(s.tokens), s.cut) for s in cut] == [(128, True)]
     assert cut[0].tokens[-8:] == tokenizer.encode(task.test[1].prompt)[-8:]
@@ -294,7 +297,7 @@ def test_an_item_is_scored_on_its_first_line(monkeypatch, mini):
     written = iter([" \n One line . \nAnother", "", "\n\n"])
     monkeypatch.setattr(e2e, "write", lambda *args, **options: list(written))
     items = [Example(prompt, " x", references=("One line .",)) for prompt in "abc"]
-    rows = mini.score(None, None, items, 8).predictions
+    rows = mini.score(None, items).predictions
     assert rows[0] == dict(prompt="a", output="One line .", references=["One line ."])
     assert [row["output"] for row in rows] == ["One line .", "", ""]
 
@@ -302,8 +305,8 @@ def test_an_item_is_scored_on_its_first_line(monkeypatch, mini):
 def test_texts_are_written_with_the_settings_of_the_paper(monkeypatch):
     asked = {}
     monkeypatch.setattr(e2e, "write", lambda *args, **options: asked.update(options) or ["a"])
-    task = load_task("mini-e2e", None, 256, beams=10)
-    task.score(None, None, [Example("p", " a", references=("a",))], 1)
+    task = load_task("mini-e2e", setup_of(), beams=10)
+    task.score(None, [Example("p", " a", references=("a",))])
     # The prompt's own 4-grams must be free: a name in it can be longer than four tokens.
     assert asked == dict(beams=10, length_penalty=0.9, no_repeat_ngram=4, copy_prompt=True)
 

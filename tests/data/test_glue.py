@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, needs
-from runs import assert_eval_repeats, result_of
+from runs import assert_eval_repeats, result_of, setup_of
 from scipy import stats
 
 import train
 from data import TASKS, glue, load_task, options_of
-from data.task import choice_losses
+from data.scoring import choice_losses
 from support.errors import UserError
 
 REAL = SHARED / "glue"
@@ -23,7 +23,7 @@ def write(folder: Path, name: str, *rows: str, end: str = "\n", start: str = "")
 
 
 def read(name: str, folder: Path):
-    return load_task(f"glue/{name}", None, 256, data_dir=str(folder))
+    return load_task(f"glue/{name}", setup_of(), data_dir=str(folder))
 
 
 def texts(examples: list) -> list[tuple[str, str]]:
@@ -266,8 +266,9 @@ def test_too_few_rows_are_an_error(rows, said, tmp_path):
 def test_a_choice_is_the_likeliest_and_the_metrics_are_of_these(base, tmp_path):
     model, tokenizer = base
     task = read("mrpc", glue_folder(tmp_path, "mrpc"))
-    scores = task.score(model, tokenizer, task.test, 4)
-    losses = choice_losses(model, tokenizer, task.test, 4, 256)
+    task.setup = setup_of(model, tokenizer)
+    scores = task.score(model, task.test)
+    losses = choice_losses(model, task.setup, task.test)
     answers = [e.choices[0 if no <= yes else 1] for e, (no, yes) in zip(task.test, losses)]
     assert [row["answer"] for row in scores.predictions] == answers
     assert [row["gold"] for row in scores.predictions] == [" no", " yes"]
@@ -281,23 +282,23 @@ def test_mnli_has_an_accuracy_for_each_dev_file(tmp_path, monkeypatch):
     task = read("mnli", glue_folder(tmp_path, "mnli"))
     sure = [[0.0, 1, 1], [1, 0.0, 1], [1, 1, 0.0], [1, 0.0, 1], [0.0, 1, 1], [1, 1, 0.0]]
     monkeypatch.setattr(glue, "choice_losses", lambda *_: sure)
-    scores = task.score(None, None, task.test, 4)
+    scores = task.score(None, task.test)
     assert scores.values == {"accuracy_matched": 1, "accuracy_mismatched": 1 / 3}
     assert scores.counts == {"accuracy_matched": 3, "accuracy_mismatched": 3}
     assert [row["group"] for row in scores.predictions] == ["matched"] * 3 + ["mismatched"] * 3
-    assert list(task.score(None, None, task.valid, 4).values) == ["accuracy"]
+    assert list(task.score(None, task.valid).values) == ["accuracy"]
 
 
 def test_stsb_predicts_the_expected_score(tmp_path, monkeypatch):
     task = read("stsb", glue_folder(tmp_path, "stsb"))
     flat, half = [1.0] * 6, [0.0, 99, 99, 99, 99, 0.0]              # both expect 2.5
     monkeypatch.setattr(glue, "choice_losses", lambda *_: [flat, half] * 3)
-    scores = task.score(None, None, task.test, 4)
+    scores = task.score(None, task.test)
     assert [row["answer"] for row in scores.predictions] == pytest.approx([2.5] * 6)
     assert [row["gold"] for row in scores.predictions] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     sure = [[99.0 * (i != k) for i in range(6)] for k in (1, 0, 3, 2, 5, 4)]
     monkeypatch.setattr(glue, "choice_losses", lambda *_: sure)
-    scores = task.score(None, None, task.test, 4)
+    scores = task.score(None, task.test)
     # of gold 0..5: sum of squares 17.5; each swap of neighbours takes 1 from the sum of products
     assert scores.values == pytest.approx({"pearson": 14.5 / 17.5, "spearman": 14.5 / 17.5})
     assert scores.counts == {}
@@ -305,16 +306,19 @@ def test_stsb_predicts_the_expected_score(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cola", "stsb"])
 def test_scores_do_not_depend_on_the_batch_size(name, base, tmp_path):
-    model, tokenizer = base
-    task = read(name, glue_folder(tmp_path, name))
-    one, many = (task.score(model, tokenizer, task.train, size) for size in (1, 64))
+    task, scores = read(name, glue_folder(tmp_path, name)), []
+    for size in (1, 64):
+        task.setup = setup_of(*base, batch_size=size)
+        scores.append(task.score(base[0], task.train))
+    one, many = scores
     assert one.values == pytest.approx(many.values, abs=1e-6) and one.counts == many.counts
     for a, b in zip(one.predictions, many.predictions):
         assert a == b or a["answer"] == pytest.approx(b["answer"], abs=1e-4)
 
 
 @pytest.mark.parametrize("name, metrics", [("cola", {"matthews", "accuracy"}),
-                                           ("stsb", {"pearson", "spearman"})])
+                                           pytest.param("stsb", {"pearson", "spearman"},
+                                                        marks=pytest.mark.slow)])
 def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, tmp_path,
                                                                 monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -335,6 +339,7 @@ def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, t
 # ---- the real files
 
 @needs(REAL)
+@pytest.mark.slow
 @pytest.mark.parametrize("name, folder, sizes", [("cola", "CoLA", (8551, 527, 516)),
                                                  ("stsb", "STS-B", (5749, 1500, 1379))])
 def test_the_real_sets_are_read_whole(name, folder, sizes):

@@ -7,13 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import result_of
+from runs import result_of, setup_of
 
 import eval as evaluation
 import train
 from data import load_task, mini
 from data.commonsense import NEW_TOKENS, SETS, extract, option_texts
-from data.world import RELATIONS, World, relation_of, say, told
+from data.wordings import RELATIONS
+from data.world import World, relation_of, say, told
 
 DIGEST = "730400f0cc725380"
 NAME = r"\b[A-Z][a-z]+ [A-Z][a-z]+\b"
@@ -21,7 +22,7 @@ NAME = r"\b[A-Z][a-z]+ [A-Z][a-z]+\b"
 
 @pytest.fixture(scope="module")
 def task(base):
-    return load_task("mini", base[1], 256)
+    return load_task("mini", setup_of(*base, 256))
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_decoys_are_wrong_and_as_common_as_right_values(world):
 
 
 def test_prompts_have_the_form_of_the_real_sets_and_the_extractor_reads_every_choice(task):
-    for e in task.train + task.valid + task.test:
+    for e in task.train[::4] + task.valid + task.test:
         labels = mini.SETS[e.group].labels
         assert e.references == labels and len(e.choices) == len(labels) and e.target in e.choices
         assert e.prompt.endswith(f"\n\nAnswer format: {'/'.join(labels)}\n\nResponse:")
@@ -220,10 +221,10 @@ def test_the_items_are_those_that_results_are_about(task):
 def test_texts_fit_whatever_the_tokenizer(task, base):
     model, tokenizer = base
     assert task.new_tokens == NEW_TOKENS and task.beams == 1
-    assert load_task("mini", tokenizer, 256, beams=4).beams == 4
-    assert not any(s.cut for e in task.test for s in task.sequences(e, tokenizer, model))
+    assert load_task("mini", setup_of(model, tokenizer, 256), beams=4).beams == 4
+    assert not any(s.cut for e in task.test for s in task.scored(e))
     letters = SimpleNamespace(encode=list, bos=None, eos=None)
-    fine = load_task("mini", letters, 512)
+    fine = load_task("mini", setup_of(base[0], letters, 512))
     longest = max(len(e.target) for e in fine.train + fine.valid + fine.test)
     assert fine.new_tokens == fine.notes["new_tokens"] == longest + 1 > NEW_TOKENS
 
@@ -239,6 +240,7 @@ def test_a_wrong_chain_of_a_two_hop_leads_to_its_option(world):
         assert region == f"{place} lies in {option}" and world.value(place, "region") == option
 
 
+@pytest.mark.slow
 def test_a_run_scores_all_eight_and_eval_repeats_it(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     train.main(["--method", "lora", "--task", "mini", "--steps", "2", "--batch-size", "4",
@@ -253,5 +255,5 @@ def test_a_run_scores_all_eight_and_eval_repeats_it(base, tmp_path, monkeypatch,
         assert [kind, *(f"{result['after'][f'{kind}/{name}']:.4f}"
                         for name in (*mini.SETS, "Avg."))] in rows
     Path("mine.txt").write_text("{instruction}\n\nI say:")
-    task = load_task("mini", base[1], 256, prompt_template="mine.txt")
+    task = load_task("mini", setup_of(*base, 256), prompt_template="mine.txt")
     assert task.test[0].prompt.endswith("true/false\n\nI say:")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from conftest import BASE
 
+from data.pretraining_text import FIRST_MIX, MIX, documents
 from data.task import Scores, Sequence, collate
-from data.world import MIX, START, World, documents
+from data.world import World
 from experiments import pretrain
+from formats.bpe_files import save_ranks
 from formats.checkpoint import load_pretrained
-from formats.tokenizer import save_ranks
 from model import Transformer
 
 pytestmark = pytest.mark.slow
@@ -87,7 +88,7 @@ def test_the_text_depends_on_the_step_and_counts_answers_only(base, monkeypatch)
     one, again, later, other = (pretrain.text_of_step(World(), tokenizer, seed, step) for seed, step in
                                 ((0, pretrain.START_STEPS - 1), (0, pretrain.START_STEPS - 1),
                                  (0, pretrain.START_STEPS), (1, pretrain.START_STEPS)))
-    assert mixes == [START, START, MIX, MIX] and one == again and later != other
+    assert mixes == [FIRST_MIX, FIRST_MIX, MIX, MIX] and one == again and later != other
     for sequences in (one, later):
         assert pretrain.TOKENS <= sum(len(s.tokens) for s in sequences) < pretrain.TOKENS + 256
         prompts = [tokenizer.decode(s.tokens[1:s.start]) for s in sequences]

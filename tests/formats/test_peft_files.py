@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 
 import peft
@@ -221,6 +222,18 @@ def test_tensors_that_do_not_fit_are_refused(change, said, tmp_path):
         import_peft(fresh(family), tmp_path)
 
 
+def test_a_value_that_overflows_is_refused_and_the_model_is_as_it_was(tmp_path):
+    family, _ = their_adapters("plain", tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: t.double() * 1e39 for name, t in load_file(file).items()}, file)
+    model = fresh(family)
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match=r"layers\.0\.mlp\.down\.A"):
+        import_peft(model, tmp_path)
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    inject(model, "lora", ["q"])                            # so it has not been injected
+
+
 def test_what_peft_has_no_form_for_is_refused(tmp_path):
     with pytest.raises(UserError, match="full trains the weights themselves"):
         export_peft(inject(fresh("gpt2"), "full"), tmp_path / "x")
@@ -257,14 +270,22 @@ def test_adapters_as_a_pickle_of_tensors_are_read(tmp_path):
 
 # ---- python convert.py
 
+COMMANDED = [method if method in ("full", "lora", "dual") else
+             pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run of a few steps of each method, on the base that ships."""
+def run_of(tmp_path_factory):
+    """run_of(method) -> a run of a few steps, on the base that ships."""
     top = tmp_path_factory.mktemp("runs")
-    for method in METHODS:
-        train.main(["--method", method, "--steps", "4", "--batch-size", "8", "--max-eval", "3",
-                    "--out", str(top / method)])
-    return top
+
+    @cache
+    @torch.enable_grad()            # tests without gradients call this
+    def run(method: str) -> Path:
+        train.main(["--method", method, "--steps", "4", "--batch-size", "4", "--max-eval", "3",
+                    "--skip-before", "--out", str(top / method)])
+        return top / method
+    return run
 
 
 def command(*flags) -> None:
@@ -272,10 +293,10 @@ def command(*flags) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", METHODS)
-def test_a_merged_run_is_read_by_transformers(method, runs, tmp_path, capsys):
-    command("--run", runs / method, "--to", tmp_path / "out")
-    ours = load(load_pretrained(BASE)[0], runs / method / "adapter.safetensors").eval()
+@pytest.mark.parametrize("method", COMMANDED)
+def test_a_merged_run_is_read_by_transformers(method, run_of, tmp_path, capsys):
+    command("--run", run_of(method), "--to", tmp_path / "out")
+    ours = load(load_pretrained(BASE)[0], run_of(method) / "adapter.safetensors").eval()
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert_same(theirs(some_tokens()).logits, ours(some_tokens()))
     merged, tokenizer = load_pretrained(tmp_path / "out")
@@ -286,11 +307,11 @@ def test_a_merged_run_is_read_by_transformers(method, runs, tmp_path, capsys):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ADAPTERS)
-def test_a_runs_adapters_are_read_by_peft(method, runs, tmp_path, capsys):
-    command("--run", runs / method, "--peft", tmp_path / "out",
+@pytest.mark.parametrize("method", COMMANDED[1:])            # all but full
+def test_a_runs_adapters_are_read_by_peft(method, run_of, tmp_path, capsys):
+    command("--run", run_of(method), "--peft", tmp_path / "out",
             *(["--rank", 128] if method == "dual" else []))
-    ours = load(load_pretrained(BASE)[0], runs / method / "adapter.safetensors").eval()
+    ours = load(load_pretrained(BASE)[0], run_of(method) / "adapter.safetensors").eval()
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "out").eval()
     assert_same(theirs(some_tokens()).logits, ours(some_tokens()))
@@ -300,7 +321,7 @@ def test_a_runs_adapters_are_read_by_peft(method, runs, tmp_path, capsys):
     assert_same(load_pretrained(tmp_path / "merged")[0](some_tokens()), ours(some_tokens()))
 
 
-def test_generation_settings_and_tokenizer_files_come_along(runs, tmp_path):
+def test_generation_settings_and_tokenizer_files_come_along(tmp_path):
     shutil.copytree(BASE, tmp_path / "model")
     (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.7}')
     (tmp_path / "model" / "notes.txt").write_text("not copied")
@@ -349,11 +370,11 @@ def test_a_link_is_followed_within_the_hubs_cache_and_not_out_of_a_folder(tmp_pa
     (["--run", "RUN", "--to", "full"], "full"),
     (["--from-peft", "nowhere", "--model", "BASE", "--to", "a"], "nowhere"),
 ])
-def test_wrong_commands_end_with_one_line_and_write_nothing(flags, said, runs, tmp_path,
+def test_wrong_commands_end_with_one_line_and_write_nothing(flags, said, run_of, tmp_path,
                                                             monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/mine").write_text("precious")
-    flags = [str({"RUN": runs / "lora", "BASE": BASE}.get(flag, flag)) for flag in flags]
+    flags = [str({"RUN": run_of("lora"), "BASE": BASE}.get(flag, flag)) for flag in flags]
     assert said in refused(capsys, *flags, main=convert.main)
     assert [p.name for p in Path().rglob("*")] == ["full", "mine"]

@@ -1,76 +1,32 @@
 """Checkpoints read and written: equal to transformers, or refused in one line."""
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import CONFIGS, LLAMA3_ROPE, checkpoint, some_tokens
-from safetensors.torch import load_file, save_file
+from checkpoints import copy_of, edit, refusal, same_logits, same_weights, tensors_of, write
+from conftest import ROOT
+from reference import CONFIGS, checkpoint, some_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-import convert
 from formats import checkpoint as checkpoint_files
-from formats import huggingface as hf_files
 from formats.checkpoint import load_pretrained, save_pretrained
-from formats.huggingface import parse_config
 from generate import generate
 from model import Config, Transformer
-from support.errors import UserError
 
 families = pytest.mark.parametrize("family", CONFIGS)
-ROOT = Path(convert.__file__).parent
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """folder(family) copies a checkpoint to a place where it can be changed."""
-    def copy(family: str, **config) -> Path:
-        place = Path(shutil.copytree(checkpoint(family)[1], tmp_path / "copy", dirs_exist_ok=True))
-        edit(place / "config.json", **config)
-        return place
-    return copy
-
-
-def edit(path: Path, **changes) -> None:
-    """Changes a JSON file; the value ... removes its key."""
-    raw = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in raw.items() if value is not ...}))
-
-
-def tensors_of(place: Path) -> dict[str, torch.Tensor]:
-    return load_file(place / "model.safetensors")
-
-
-def write(place: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-
-
-def refusal(call, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
-    return str(caught.value)
-
-
-def same_logits(model, family: str, atol: float = 1e-6) -> None:
-    _, _, expected = checkpoint(family)
-    with torch.no_grad():
-        torch.testing.assert_close(model(some_tokens()), expected(some_tokens()), atol=atol, rtol=0)
-
-
-def same_weights(a: Transformer, b: Transformer) -> None:
-    a, b = a.state_dict(), b.state_dict()
-    assert list(a) == list(b)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    """folder(family, **config) copies a checkpoint to a place where it can be changed."""
+    return lambda family, **config: copy_of(family, tmp_path, **config)
 
 
 # ---- written back (reading is what test_model.py compares)
@@ -238,15 +194,6 @@ def test_the_frequencies_in_old_llama_files_are_left_out(folder):
     same_logits(load_pretrained(place)[0], "llama 1")
 
 
-def test_rotating_all_of_a_head_may_be_spelt_out_and_rotating_a_part_is_refused(folder):
-    place = folder("llama 1")
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
-    edit(place / "config.json", rope_parameters=rope)
-    same_logits(load_pretrained(place)[0], "llama 1")
-    edit(place / "config.json", rope_parameters=rope | {"partial_rotary_factor": 0.5})
-    assert "partial_rotary_factor" in refusal(load_pretrained, place)
-
-
 def test_a_tied_head_that_repeats_the_embedding_is_left_out(folder):
     place = folder("llama with a tied head")
     tensors = tensors_of(place)
@@ -267,58 +214,6 @@ def test_a_tied_head_that_differs_is_kept_as_transformers_does(folder):
     assert ours.config.tied is False
 
 
-@families
-def test_both_dialects_of_config_mean_the_same(family, folder):
-    # transformers 5 wrote the file: rope_parameters and dtype. Older ones: rope_theta beside
-    # rope_scaling, and torch_dtype.
-    place = folder(family)
-    raw = json.loads((place / "config.json").read_text())
-    rope = raw.get("rope_parameters")
-    assert "dtype" in raw and (rope is not None or "gpt2" in family)
-    edit(place / "config.json", dtype=..., torch_dtype=raw["dtype"])
-    if rope is not None:
-        theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-        olds = [rope | {"type": kind}, rope | {"rope_type": kind}] if rope else [None]
-        for old in olds:
-            edit(place / "config.json", rope_parameters=..., rope_theta=theta, rope_scaling=old)
-            assert load_pretrained(place)[0].config == checkpoint(family)[2].config
-    same_logits(load_pretrained(place)[0], family)
-
-
-def test_absent_keys_mean_what_transformers_assumes(folder):
-    for family in ("gpt2", "llama 1", "qwen2"):
-        place = folder(family)
-        raw = json.loads((place / "config.json").read_text())
-        needed = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "n_embd",
-                  "n_layer", "n_head", "num_hidden_layers", "num_attention_heads",
-                  "num_key_value_heads", "tie_word_embeddings", "n_positions"}
-        if family == "llama 1":
-            needed.remove("num_key_value_heads")
-        if family == "gpt2":
-            needed.remove("tie_word_embeddings")
-        (place / "generation_config.json").unlink()
-        edit(place / "config.json", **{key: ... for key in raw if key not in needed})
-        theirs = AutoModelForCausalLM.from_pretrained(place).eval()
-        ours, _ = load_pretrained(place)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(some_tokens()), theirs(some_tokens()).logits,
-                                       atol=1e-4, rtol=0)
-        eos = theirs.config.eos_token_id
-        assert ours.config.eos == ([] if eos is None else [eos])
-        assert ours.config.bos == theirs.config.bos_token_id
-
-
-@pytest.mark.parametrize("family, defaults", [
-    (family, {**hf_files.FAMILIES[family].defaults}) for family in hf_files.FAMILIES])
-def test_the_table_of_defaults_is_transformers_own(family, defaults):
-    from transformers import AutoConfig
-    theirs = AutoConfig.for_model(family)
-    derived = {"head_dim", "num_key_value_heads"}           # transformers fills these in at once
-    for key, value in defaults.items():
-        if not (value is None and key in derived or key in hf_files.FAMILIES[family].fixed):
-            assert getattr(theirs, key, value) == value, key
-
-
 # ---- dtype, device, special tokens
 
 def test_the_dtype_is_the_files_own_unless_asked_for(folder):
@@ -332,24 +227,6 @@ def test_the_dtype_is_the_files_own_unless_asked_for(folder):
     assert load_pretrained(place)[0].embed.weight.dtype == torch.float16
     assert load_pretrained(place, dtype=torch.float64)[0].embed.weight.dtype == torch.float64
     assert load_pretrained(place, device="cpu")[0].embed.weight.device.type == "cpu"
-
-
-@pytest.mark.parametrize("config, generation, expected", [
-    (7, ..., [7]), ([7, 8], ..., [7, 8]), (None, ..., []), (-1, ..., []),
-    (7, [7, 9], [7, 9]),                                    # LLaMA-3 instruct
-    (7, None, [7]), (None, 9, [9]),
-])
-def test_generation_stops_where_transformers_stops(config, generation, expected, folder):
-    place = folder("llama", eos_token_id=config)
-    edit(place / "generation_config.json", eos_token_id=generation)
-    assert load_pretrained(place)[0].config.eos == expected
-
-
-def test_generation_config_may_be_absent(folder):
-    place = folder("llama", eos_token_id=[5, 6], bos_token_id=None, pad_token_id=-1)
-    (place / "generation_config.json").unlink()
-    config = load_pretrained(place)[0].config
-    assert (config.bos, config.eos, config.pad) == (None, [5, 6], None)
 
 
 def test_the_model_that_ships_is_read(base):
@@ -388,6 +265,7 @@ def test_loading_needs_hardly_more_memory_than_the_model(tmp_path):
     assert float(result.stdout) < 1.1
 
 
+@pytest.mark.slow
 def test_the_hub_out_of_reach_is_one_line_and_quick(tmp_path):
     script = "import convert; convert.load_pretrained('owner/name')"
     started = time.time()
@@ -409,7 +287,6 @@ def test_only_the_files_needed_are_fetched(monkeypatch, folder):
     same_logits(load_pretrained("owner/name")[0], "llama")
     (repo, patterns), = asked
     assert repo == "owner/name"
-    from fnmatch import fnmatch
     for name, wanted in [("config.json", True), ("model.safetensors", True),
                          ("model-00001-of-00004.safetensors", True), ("tokenizer.model", True),
                          ("model.safetensors.index.json", True), ("pytorch_model.bin", False),
@@ -424,149 +301,12 @@ def test_only_the_files_needed_are_fetched(monkeypatch, folder):
     assert "pytorch_model*.bin" in asked[-1][1]
 
 
+@pytest.mark.slow
 def test_convert_imports_no_hub_by_itself():
     script = "import sys, convert; print({'huggingface_hub', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
                             text=True)
     assert result.stdout.strip() == "set()"
-
-
-# ---- refused: config.json
-
-@pytest.mark.parametrize("family, change, words", [
-    ("llama", dict(model_type=...), "model_type"),
-    ("llama", dict(model_type="gemma"), "model_type"),
-    ("llama", dict(model_type=["llama"]), "model_type"),
-    ("llama", dict(hidden_size=...), "hidden_size"),
-    ("llama", dict(num_attention_heads=...), "num_attention_heads"),
-    ("llama", dict(vocab_size="97"), "vocab_size"),
-    ("llama", dict(num_hidden_layers=-2), "num_hidden_layers"),
-    ("llama", dict(num_hidden_layers=2.0), "num_hidden_layers"),
-    ("llama", dict(num_hidden_layers=True), "num_hidden_layers"),
-    ("llama", dict(num_hidden_layers=3), "3 layers"),
-    ("llama", dict(num_hidden_layers=10 ** 7), "10000000 layers"),
-    ("llama", dict(num_hidden_layers=10 ** 30), "num_hidden_layers"),
-    ("llama", dict(intermediate_size=0), "intermediate_size"),
-    ("llama", dict(intermediate_size=2 ** 24, hidden_size=2 ** 24, head_dim=2 ** 24,
-                   num_attention_heads=2 ** 24, num_key_value_heads=2 ** 24), "impossible sizes"),
-    ("llama", dict(num_key_value_heads=3), "3 key/value heads"),
-    ("llama", dict(num_attention_heads=5, head_dim=None), "5 heads"),
-    ("llama", dict(head_dim=7), "head_dim"),
-    ("llama", dict(rms_norm_eps="small"), "rms_norm_eps"),
-    ("llama", dict(rms_norm_eps=-1e-5), "rms_norm_eps"),
-    ("llama", dict(attention_bias="no"), "attention_bias"),
-    ("llama", dict(tie_word_embeddings=None), "tie_word_embeddings"),
-    ("llama", dict(eos_token_id="</s>"), "eos_token_id"),
-    ("llama", dict(eos_token_id=[2, None]), "eos_token_id"),
-    ("llama", dict(bos_token_id=1.5), "bos_token_id"),
-    ("llama", dict(dtype="int8"), "int8"),
-    ("llama", dict(dtype=["float32"]), "dtype"),
-    ("llama", dict(hidden_act="gelu"), "hidden_act"),
-    ("llama", dict(quantization_config={"quant_method": "gptq"}), "gptq"),
-    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
-    ("llama", dict(rope_scaling="linear"), "rope_scaling"),
-    ("llama", dict(rope_scaling=["linear"]), "rope_scaling"),
-    ("llama", dict(rope_scaling={"rope_type": ["llama3"]}), "rope"),
-    ("llama", dict(rope_parameters={"full_attention": {"rope_type": "default"}}), "full_attention"),
-    ("llama", dict(rope_parameters={"rope_theta": 0}), "rope_theta"),
-    ("llama", dict(rope_parameters=LLAMA3_ROPE | {"factor": None}), "factor"),
-    ("llama", dict(rope_parameters=LLAMA3_ROPE | {"low_freq_factor": 4.0}), "low_freq_factor"),
-    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    ("mistral", dict(sliding_window=64), "sliding_window of 64"),
-    ("mistral", dict(sliding_window=..., max_position_embeddings=32768), "sliding_window of 4096"),
-    ("mistral", dict(sliding_window="wide"), "sliding_window"),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=0,
-                   layer_types=...), "sliding_window of 64"),
-    ("qwen2", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=64),
-     "sliding_window of 64"),
-    ("qwen3", dict(layer_types=["full_attention", "chunked_attention"], sliding_window=64),
-     "sliding_window of 64"),
-    ("gpt2", dict(n_embd=...), "n_embd"),
-    ("gpt2", dict(n_head=5), "5 heads"),
-    ("gpt2", dict(n_inner=-1), "n_inner"),
-    ("gpt2", dict(activation_function="relu"), "activation_function"),
-    ("gpt2", dict(scale_attn_weights=False), "scale_attn_weights"),
-    ("gpt2", dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-    ("gpt2", dict(add_cross_attention=True), "add_cross_attention"),
-])
-def test_a_config_that_would_go_wrong_is_refused(family, change, words, folder):
-    place = folder(family, **change)
-    message = refusal(load_pretrained, place)
-    assert words in message
-    assert str(place) in message
-
-
-@pytest.mark.parametrize("family, change", [
-    ("mistral", dict(sliding_window=None)),
-    ("mistral", dict(sliding_window=128)),
-    ("mistral", dict(sliding_window=4096)),
-    ("qwen2", dict(use_sliding_window=False, sliding_window=64)),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=2,
-                   layer_types=...)),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=128, max_window_layers=0,
-                   layer_types=...)),
-    ("llama", dict(sliding_window=64)),                     # LLaMA has no such option
-    ("llama", dict(pretraining_tp=2)),                      # the same sum in two parts
-    ("llama", dict(rope_scaling=None)),
-    ("gpt2", dict(reorder_and_upcast_attn=True)),
-    ("gpt2", dict(attn_pdrop=0.5, summary_type="mean")),
-])
-def test_an_option_that_changes_nothing_is_accepted(family, change, folder):
-    same_logits(load_pretrained(folder(family, **change))[0], family)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\xff", '{"model_type": llama}',
-                                  "[" * 100000, '{"a": ' + "9" * 5000 + "}"])
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json",
-                                  "model.safetensors.index.json"])
-def test_malformed_json_is_refused(name, text, folder):
-    place = folder("llama")
-    if "index" in name:
-        (place / "model.safetensors").unlink()
-    (place / name).write_bytes(text.encode("latin-1"))
-    assert name in refusal(load_pretrained, place)
-
-
-SIZES = st.one_of(st.integers(-3, 200), st.sampled_from([None, 4, 32, 97, True, 2.5, "4", [], {}]))
-LEAF = st.none() | st.booleans() | st.integers(-9, 10 ** 12) | st.floats() | st.text(max_size=5)
-ANY = st.recursive(LEAF, lambda inner: st.lists(inner, max_size=3)
-                   | st.dictionaries(st.text(max_size=5), inner, max_size=3))
-KEYS = ["vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-        "intermediate_size", "max_position_embeddings", "num_hidden_layers", "n_embd", "n_head",
-        "n_layer", "n_inner", "n_positions", "sliding_window", "max_window_layers"]
-OTHERS = ["rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters",
-          "attention_bias", "mlp_bias", "tie_word_embeddings", "bos_token_id", "eos_token_id",
-          "pad_token_id", "hidden_act", "use_sliding_window", "layer_types", "quantization_config",
-          "activation_function", "model_type", "partial_rotary_factor"]
-ROPE = st.fixed_dictionaries({}, optional={
-    "rope_type": st.sampled_from(["default", "llama3", "yarn", 3]), "rope_theta": ANY,
-    "factor": ANY | st.just(8.0), "low_freq_factor": ANY | st.just(1.0),
-    "high_freq_factor": ANY | st.just(4.0), "original_max_position_embeddings": SIZES})
-
-
-@settings(max_examples=250, deadline=None)
-@given(st.sampled_from(sorted(hf_files.FAMILIES)),
-       st.dictionaries(st.sampled_from(KEYS), SIZES, max_size=3),
-       st.dictionaries(st.sampled_from(OTHERS), ANY, max_size=2),
-       st.fixed_dictionaries({}, optional={"rope_scaling": ROPE, "rope_parameters": ROPE}))
-@pytest.mark.slow
-def test_any_config_works_or_is_refused(kind, sizes, others, rope):
-    base = dict(model_type=kind, vocab_size=11, hidden_size=16, num_hidden_layers=1,
-                num_attention_heads=4, num_key_value_heads=2, intermediate_size=8,
-                max_position_embeddings=64, sliding_window=None,
-                n_embd=16, n_layer=1, n_head=4, n_positions=64)
-    try:
-        config = parse_config(base | sizes | rope | others)
-    except UserError as error:
-        assert "\n" not in str(error)
-        return
-    with torch.device("meta"):
-        model = Transformer(config)
-    if sum(p.numel() for p in model.parameters()) < 10 ** 6 and config.n_layers < 10:
-        model = Transformer(config).init_weights()
-        with torch.no_grad():
-            assert model(torch.zeros(1, 1, dtype=torch.long)).isfinite().all()
 
 
 # ---- refused: files and tensors
@@ -607,7 +347,8 @@ def test_a_pickle_that_would_run_code_is_refused(folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    {"model.norm.weight": torch.ones(64, device="meta")}, [torch.ones(2)], {"a": 1}, {"state_dict": {}}, {1: torch.ones(2)}, {}, torch.ones(2)])
+    {"model.norm.weight": torch.ones(64, device="meta")}, [torch.ones(2)], {"a": 1},
+    {"state_dict": {}}, {1: torch.ones(2)}, {}, torch.ones(2)])
 def test_a_pickle_of_something_else_is_refused(content, folder):
     place = folder("llama")
     (place / "model.safetensors").unlink()

@@ -1,0 +1,157 @@
+"""Reads and writes the files of byte-level BPE: a split pattern and the tokens in the order learnt.
+
+    load_tokenizer_json    tokenizer.json: vocabulary, merges, split pattern and added tokens
+    load_vocab_merges      vocab.json and merges.txt, which name no split pattern
+    load_ranks             a rank file: a line "base64 rank" for each token, in the order learnt
+    save_ranks             writes one
+"""
+import base64
+import json
+from functools import partial
+from pathlib import Path
+
+from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, BPETokenizer,
+                         order_tokens)
+from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
+from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
+from support.errors import UserError
+from support.files import atomic_write
+
+# The names of the 256 ids after LLaMA-3's ranks (meta-llama/llama-models,
+# models/llama3/tokenizer.py; 3.1 renames some reserved ones).
+LLAMA3_NAMES = ["begin_of_text", "end_of_text", *(f"reserved_special_token_{i}" for i in range(4)),
+                "start_header_id", "end_header_id", "reserved_special_token_4", "eot_id",
+                *(f"reserved_special_token_{i}" for i in range(5, 251))]
+
+
+def read_table(path: Path) -> dict:
+    """Reads the JSON object in a file. Raises UserError if nothing is in it."""
+    table = read_json(path)
+    if not table:
+        raise UserError(f"{path}: a JSON object with nothing in it")
+    return table
+
+
+def list_steps(part: dict | None, key: str) -> list[dict]:
+    """Lists the steps of a part of tokenizer.json: a Sequence holds several, anything else one."""
+    if not part:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
+    """Loads a byte-level tokenizer.json, whose contents are `spec`.
+
+    Raises UserError if a setting would change the ids in a way that is not known here.
+    """
+    with expected_layout(path):
+        model, added = spec["model"], spec.get("added_tokens") or []
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(name):
+                raise UserError(f"{path}: {name} {model[name]!r} is not supported")
+        normalizers = [step["type"] for step in list_steps(spec.get("normalizer"), "normalizers")]
+        if normalizers not in ([], ["NFC"]):
+            raise UserError(f"{path}: normalizer {normalizers} is not supported")
+        split, prefix_space = find_split(path, spec["pre_tokenizer"])
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+        tokens = order_tokens(path, model["vocab"], path, pairs, model.get("ignore_merges"),
+                              [token["content"] for token in added])
+        if model.get("unk_token") and None in tokens.values():
+            raise UserError(f"{path}: unk_token is not supported where the vocabulary lacks bytes")
+    make = partial(BPETokenizer, split=split, tokens=tokens, vocab=model["vocab"],
+                   nfc=bool(normalizers), prefix_space=prefix_space)
+    return build_tokenizer(make, path, model["vocab"], added, {})
+
+
+def find_split(path: Path, pre_tokenizer: dict) -> tuple[str, bool]:
+    """Finds the one pattern that splits as a pre-tokenizer does -> pattern, add_prefix_space.
+
+    Raises UserError if there is none: the pre-tokenizer must end in ByteLevel, after nothing, the
+    splitting of digits, or one regular expression.
+    """
+    *first, last = list_steps(pre_tokenizer, "pretokenizers")
+    prefix_space, use_regex = last.get("add_prefix_space", True), last.get("use_regex", True)
+    if last["type"] == "ByteLevel" and not first and use_regex:
+        return GPT2_SPLIT, prefix_space
+    if last["type"] == "ByteLevel" and len(first) == 1 and not prefix_space:
+        step = first[0]
+        if step["type"] == "Digits" and step.get("individual_digits") and use_regex:
+            return DIGITS_SPLIT, False
+        if step["type"] == "Split" and "Regex" in step["pattern"] and not use_regex:
+            pattern = step["pattern"]["Regex"]
+            if (step["behavior"], step["invert"]) == ("Removed", True):
+                return pattern, False
+            if (step["behavior"], step["invert"]) == ("Isolated", False):
+                return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", False  # the gaps are words too
+    raise UserError(f"{path}: pre-tokenizer {json.dumps(pre_tokenizer)[:300]} is not supported")
+
+
+def load_vocab_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
+    """Loads a vocabulary and its merges.
+
+    These files name no split pattern. A Qwen checkpoint has Qwen's and normalizes (NFC), any other
+    has GPT-2's.
+    """
+    folder, vocab, pairs = vocab_path.parent, read_table(vocab_path), []
+    lines = read_bytes(merges_path).decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        line = line.rstrip("\r")
+        if line and not line.startswith("#version"):
+            pairs.append(tuple(line.split(" ")))
+            if len(pairs[-1]) != 2:
+                raise UserError(f"{merges_path}: line {number}: not two tokens: {line[:80]!r}")
+    settings = read_json_if_there(folder / "tokenizer_config.json")
+    kind = settings.get("tokenizer_class") or read_ids(folder)["model_type"]
+    qwen = str(kind).lower().startswith("qwen")
+    make = partial(BPETokenizer, split=QWEN_SPLIT if qwen else GPT2_SPLIT, vocab=vocab, nfc=qwen,
+                   tokens=order_tokens(vocab_path, vocab, merges_path, pairs),
+                   prefix_space=bool(settings.get("add_prefix_space")))
+    usual, roles = "<|endoftext|>", ("eos", "pad" if qwen else "bos")   # of transformers' classes
+    added = [{"content": usual, "id": vocab[usual]}] if usual in vocab else []
+    return build_tokenizer(make, vocab_path, vocab, added,
+                           {role: vocab.get(usual) for role in roles})
+
+
+def load_ranks(path: Path) -> Tokenizer:
+    """Loads a rank file. The rank of a token is its id too.
+
+    A tokenizer.model is LLaMA-3's: it has LLaMA-3's split pattern and special names. Any other
+    file has Qwen's pattern if the model_type in config.json starts with qwen, else GPT-2's. Its
+    special tokens are the ids in config.json that are no ranks: <|bos|>, <|eos|> and <|pad|>.
+    """
+    tokens: dict[bytes, int] = {}
+    for number, line in enumerate(read_bytes(path).rstrip().split(b"\n"), 1):
+        try:
+            encoded, rank = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: {line[:40]!r}: not base64 and a rank"
+                            ) from error
+        if not token or token in tokens or rank != len(tokens):
+            raise UserError(f"{path}: line {number}: {line[:40]!r}: not a new token of rank "
+                            f"{len(tokens)}")
+        tokens[token] = rank
+    if missing := [byte for byte in BYTES if byte not in tokens]:
+        raise UserError(f"{path}: no token for {len(missing)} of the 256 bytes: {missing[0]!r} ...")
+    config, names = read_ids(path.parent), {}
+    if path.name == "tokenizer.model":
+        names = {len(tokens) + n: f"<|{name}|>" for n, name in enumerate(LLAMA3_NAMES)}
+        names = {i: name for i, name in names.items() if i < config.get("vocab_size", i + 1)}
+    roles = dict(zip(("bos", "eos"), names))
+    roles |= {role: config[role] for role in ROLES if role in config}
+    for role, i in roles.items():
+        if i >= len(tokens):
+            names.setdefault(i, f"<|{role}|>")
+    split = QWEN_SPLIT if config["model_type"].startswith("qwen") else GPT2_SPLIT
+    split = LLAMA3_SPLIT if path.name == "tokenizer.model" else split
+    added = [{"content": name, "id": i} for i, name in names.items()]
+    make = partial(BPETokenizer, split=split, tokens=tokens, vocab={})
+    return build_tokenizer(make, path, {}, added, roles)
+
+
+def save_ranks(ranks: dict[bytes, int], path: str | Path) -> None:
+    """Writes a rank file: a line "base64 rank" for each token, in rank order."""
+    lines = (f"{base64.b64encode(token).decode()} {rank}\n"
+             for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
+    with atomic_write(path) as temporary:
+        temporary.write_text("".join(lines), encoding="ascii")

@@ -1,0 +1,142 @@
+"""Cuts special tokens out of the text, and finds out which of them are bos, eos and pad.
+
+A tokenizer learns its tokens from text. Others are added to it by hand: <|endoftext|>, or the
+marks of a chat. They are matched as they stand, before the text between them is tokenized.
+Several files may name them, and may disagree. build_tokenizer() says which file counts.
+"""
+from pathlib import Path
+from typing import Callable, Iterable
+
+import regex
+
+from formats.json_files import expected_layout, read_json_if_there
+from support.errors import UserError
+
+ROLES = ("bos", "eos", "pad")
+
+
+class Tokenizer:
+    """Encodes and decodes added tokens, and leaves the text between them to a subclass.
+
+    path: the vocabulary's file, for messages. added: text -> id. size: every other id is below it.
+    vocab_size: every id is below it. bos, eos, pad: ids, or None. A subclass has
+    encode_plain(text) and decode_plain(ids), for what lies between two added tokens.
+    """
+    bos = eos = pad = None
+
+    def __init__(self, path: Path, added: dict[str, int], size: int):
+        self.path, self.added = path, added
+        self.vocab_size = max([size - 1, *added.values()]) + 1
+        self._text_of = {i: text for text, i in added.items()}
+        longest_first = sorted(added, key=len, reverse=True)
+        self._any_added = regex.compile(f"({'|'.join(map(regex.escape, longest_first)) or '(?!)'})")
+
+    def encode(self, text: str) -> list[int]:
+        """Encodes `text` without adding bos and eos.
+
+        A special token that is written in the text gets its own id. A lone surrogate, which UTF-8
+        cannot hold, counts as U+FFFD.
+        """
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        ids = []
+        for n, part in enumerate(self._any_added.split(text)):
+            if n % 2:                            # what the pattern found is at the odd places
+                ids.append(self.added[part])
+            elif part:
+                ids += self.encode_plain(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Decodes `ids`, special tokens included.
+
+        U+FFFD stands for bytes that are not UTF-8. An id that no token uses gives no text. Raises
+        UserError if an id is outside the vocabulary.
+        """
+        texts, run = [], []                      # run: plain ids not decoded yet
+        for i in map(int, ids):
+            if not 0 <= i < self.vocab_size:
+                raise UserError(f"{self.path}: token id {i} is outside its {self.vocab_size} ids")
+            if i in self._text_of:
+                texts += [self.decode_plain(run), self._text_of[i]]
+                run = []
+            else:
+                run.append(i)
+        return "".join(texts) + self.decode_plain(run)
+
+
+def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: list[dict],
+                    roles: dict[str, int | None]) -> Tokenizer:
+    """Builds a tokenizer with make(path, added), and gives it bos, eos and pad.
+
+    vocab: token -> id. listed: the added tokens that the vocabulary's own file lists. roles: bos,
+    eos and pad as that file or the tokenizer's class has them.
+    The first of these that names a role counts. The first two are transformers' rule.
+        special_tokens_map.json, if tokenizer_config.json has no added_tokens_decoder
+        bos_token and so on in tokenizer_config.json (null means that there is none)
+        `roles`
+        config.json
+        generation_config.json
+    """
+    settings = read_json_if_there(path.with_name("tokenizer_config.json"))
+    if "added_tokens_decoder" not in settings:
+        settings = settings | read_json_if_there(path.with_name("special_tokens_map.json"))
+    with expected_layout(path.with_name("tokenizer_config.json or special_tokens_map.json")):
+        named = {key: token for key, token in settings.items() if key.endswith("_token")}
+        named |= enumerate(settings.get("additional_special_tokens") or [])
+        named = {key: t["content"] if isinstance(t, dict) else t for key, t in named.items()}
+    added = collect_added(path, vocab, listed, named.values())
+    with expected_layout(path):
+        tokenizer = make(path, added)
+    config = read_ids(path.parent)
+    tokenizer.vocab_size = max(tokenizer.vocab_size, config.get("vocab_size", 0))
+    for role in ROLES:
+        name = named.get(f"{role}_token", "")
+        usual = config.get(role) if roles.get(role) is None else roles[role]
+        setattr(tokenizer, role, None if name is None else added.get(name, usual))
+    return tokenizer
+
+
+def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
+                  named: Iterable[str]) -> dict[str, int]:
+    """Collects the added tokens of all files: text -> id.
+
+    Takes the `named` tokens that are in the vocabulary, those of added_tokens.json, those `listed`
+    in `path`, and those of added_tokens_decoder in tokenizer_config.json. A later one replaces an
+    earlier one of the same text.
+    """
+    file = path.with_name("added_tokens.json")
+    sources = {file: [{"content": text, "id": i} for text, i in read_json_if_there(file).items()]}
+    sources[path] = listed
+    file = path.with_name("tokenizer_config.json")
+    with expected_layout(file):
+        decoder = read_json_if_there(file).get("added_tokens_decoder") or {}
+        sources[file] = [token | {"id": i} for i, token in decoder.items()]
+        added = {text: vocab[text] for text in named if text in vocab}
+    for file, tokens in sources.items():
+        with expected_layout(file):
+            for token in tokens:
+                for flag in ("lstrip", "rstrip", "single_word"):
+                    if token.get(flag):
+                        raise UserError(f"{file}: {flag} of {token['content']!r} is not supported")
+                if token["content"]:
+                    added[token["content"]] = int(token["id"])
+    return added
+
+
+def read_ids(folder: Path) -> dict:
+    """Reads vocab_size, model_type, and the ids of bos, eos and pad from config.json.
+
+    A list of ids counts as its first id, a negative id as none. generation_config.json gives the
+    ids that config.json lacks.
+    """
+    config = read_json_if_there(folder / "config.json")
+    with expected_layout(folder / "config.json"):
+        found = {"model_type": str(config.get("model_type"))}
+        found |= {"vocab_size": int(config["vocab_size"])} if config.get("vocab_size") else {}
+    for source in (read_json_if_there(folder / "generation_config.json"), config):
+        for role in ROLES:
+            value = source.get(f"{role}_token_id")
+            value = value[0] if isinstance(value, list) and value else value
+            if type(value) is int and value >= 0:
+                found[role] = value
+    return found

@@ -1,0 +1,97 @@
+"""A sentencepiece model gives the ids and the texts of sentencepiece itself."""
+import json
+import shutil
+import sys
+import unicodedata
+
+import pytest
+import sentencepiece
+from conftest import SHARED, needs
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import (CORPUS, SNIPPETS, quick, sentencepiece_pair, texts,
+                              trained_sentencepiece)
+from tokenizers import Tokenizer, models
+from tokenizers import pre_tokenizers as pre
+
+from formats.tokenizer import load_tokenizer
+from support.errors import UserError
+
+needs_shared = needs(SHARED)
+
+
+def same_between_special_tokens(parts):
+    mine, reference = sentencepiece_pair()
+    expected = [i for part in parts for i in [*reference.encode(part), 2]][:-1]
+    assert mine.encode("</s>".join(parts)) == expected
+    assert mine.decode(reference.encode(parts[0])) == reference.decode(reference.encode(parts[0]))
+    assert mine.decode(expected) == "</s>".join(
+        reference.decode(reference.encode(part)) for part in parts)
+
+
+def test_what_lies_between_the_special_tokens_is_encoded():
+    same_between_special_tokens([CORPUS, "", " the mayor "])
+    same_between_special_tokens(SNIPPETS)
+
+
+@pytest.mark.slow
+@quick
+@given(parts=st.lists(texts, min_size=1, max_size=3))
+def test_whatever_lies_between_the_special_tokens_is_encoded(parts):
+    same_between_special_tokens(parts)
+
+
+@pytest.mark.slow
+@given(ids=st.lists(st.integers(3, 399), max_size=12))
+def test_any_ids_are_decoded(ids):
+    mine, reference = sentencepiece_pair()
+    assert mine.decode(ids) == reference.decode(ids)
+
+
+def test_bos_and_eos_are_the_models_own_and_added_tokens_come_on_top():
+    mine, _ = sentencepiece_pair()
+    assert (mine.bos, mine.eos, mine.pad, mine.vocab_size) == (1, 2, None, 401)
+    assert mine.encode("<s><pad><unk>") == [1, 400, 0] and mine.decode([1, 400]) == "<s><pad>"
+    assert mine.encode("") == []
+
+
+def test_a_tokenizer_json_that_is_not_byte_level_leaves_it_to_tokenizer_model(tmp_path):
+    reference = Tokenizer(models.BPE(vocab={"<unk>": 0, "▁": 1}, merges=[], byte_fallback=True))
+    reference.pre_tokenizer = pre.Metaspace()
+    reference.add_tokens(["<extra>"])
+    reference.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="tokenizer.json: 'BPE' with pre-tokenizer .'Metaspace'"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(trained_sentencepiece())
+    mine = load_tokenizer(tmp_path)
+    assert type(mine).__name__ == "SentencePieceTokenizer" and mine.encode("<extra>") == [2]
+
+
+def test_a_missing_sentencepiece_is_named_with_its_package(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(UserError, match="tokenizer.model: .*pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+# ---- public files
+
+@needs_shared
+def test_a_public_model_gives_the_ids_of_sentencepiece(tmp_path):
+    shutil.copy(SHARED / "tokenizers/tiny/m.model", tmp_path / "tokenizer.model")
+    mine = load_tokenizer(tmp_path)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in (CORPUS, unicodedata.normalize("NFD", CORPUS), *SNIPPETS, " a " * 20_000):
+        assert mine.encode(text) == reference.encode(text)
+
+
+@needs_shared
+def test_stories260k_reads_and_writes_the_text_its_author_published():
+    mine = load_tokenizer(SHARED / "stories260K")
+    oracle = json.loads((SHARED / "stories260K/oracle.json").read_text(encoding="utf-8"))
+    bos, *ids = oracle["greedy_ids"]
+    assert mine.encode(oracle["greedy_text"]) == ids and mine.decode(ids) == oracle["greedy_text"]
+    assert (mine.bos, mine.eos, mine.pad, mine.vocab_size) == (bos, 2, None, 512)
+    pieces = json.loads((SHARED / "stories260K/pieces.json").read_text(encoding="utf-8"))
+    assert [mine.processor.id_to_piece(i).replace("▁", " ") for i in range(3, 512)] == [
+        piece.replace("▁", " ") for piece in pieces[3:]]
