@@ -7,8 +7,12 @@ import pytest
 import eval as evaluation
 import train
 from data.task import Setup
+from methods import METHODS
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
+# Every method; all but two among the slow tests.
+FEW_QUICK = [method if method in ("lora", "dual") else pytest.param(method, marks=pytest.mark.slow)
+             for method in METHODS]
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
-from runs import ITEMS, SHORT, assert_eval_repeats, refused, result_of
+from runs import FEW_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -70,7 +70,7 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, plain
     assert_eval_repeats(capsys)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW_QUICK)
 def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, capsys):
     train.main(["--method", method, *items, "--steps", "40", "--batch-size", "24"])
     result = result_of("run")
@@ -164,7 +164,7 @@ def test_accumulating_gives_the_whole_batchs_losses():
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW_QUICK)
 def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, plain, capsys):
     train.main(["--method", method, "--dtype", "bf16", "--out", "run", *SHORT])
     losses = [[json.loads(line)["loss"] for line in open(folder / "log.jsonl")]
@@ -184,7 +184,7 @@ def test_the_base_is_held_in_the_dtype_that_was_asked_for(monkeypatch):
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FEW_QUICK)
 def test_checkpointing_changes_no_gradient(method):
     flags = ["--method", method, *SHORT, *([] if method == "full" else ["--dropout", "0.1"])]
     for out, more in (("kept", []), ("again", ["--grad-checkpointing"])):
