@@ -8,13 +8,14 @@ is gamma times the mean of ||P'P - I|| and ||QQ' - I|| over all layers (eq. 4 sq
 The idea: some matrices need more rank than others. All start with r0 = init_rank directions (a
 column of P, its lam, a row of Q), more than the budget allows. Step by step the least important
 directions of the whole model are pruned: their lam is set to 0.
-lam starts at zero: the first step sees exactly the pretrained model. Only lam gets a gradient from
-the loss in it; P and Q wait until lam has moved.
+The start: lam is zero, so the first step sees exactly the pretrained model. Only lam gets a
+gradient from the loss in it; P and Q wait until lam has moved.
+A step also learns what is important (learn_importance, importance), and prunes all but as many
+directions as `budget` says. on_step tells how a pruned one comes back.
 The cost: r0 (in + out + 1) parameters, of which Ibar and Ubar are kept too, and 1.02 times LoRA's
 step on a model of 25 M parameters.
-
-`learn_importance` and `importance` say what makes a direction important, `budget` how many are kept
-when, `on_step` how a pruned one comes back.
+It goes wrong in a run too short to prune in, and if on_step comes after zero_grad: both are errors.
+Differences from the paper stand in the class.
 """
 import math
 
@@ -27,7 +28,7 @@ from support.errors import UserError
 
 
 def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_final: int) -> int:
-    """b(t): how many directions a pruning after optimizer step t = `step` leaves (eq. 12).
+    """Returns b(t): how many directions a pruning after step t leaves in the model (eq. 12).
 
         start  |-----.
                |      `.
@@ -43,7 +44,7 @@ def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_
 
 
 def in_steps(t: float, total_steps: int) -> int:
-    """t as a number of steps: below 1 it is a share of the run, rounded down."""
+    """Returns t in steps: below 1 it is a share of the run, rounded down."""
     return int(t * total_steps + 1e-9) if t < 1 else int(t)      # 0.29 * 100 is 28.999...
 
 
@@ -127,7 +128,7 @@ class AdaLoRALinear(AdapterLinear):
             Ubar.lerp_((I - Ibar).abs(), 1 - self.beta2)
 
     def importance(self):
-        """S (r0,), of direction i: S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij) (eq. 7),
+        """Returns S (r0,): S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij) for direction i (eq. 7),
 
             s(w) = Ibar * Ubar                                              (eq. 11)
 
@@ -140,12 +141,12 @@ class AdaLoRALinear(AdapterLinear):
                 + (self.Ibar_Q * self.Ubar_Q).mean(1))
 
     def phases(self, total_steps: int) -> tuple[int, int]:
-        """t_init and t_final in steps."""
+        """Returns t_init and t_final in steps."""
         return in_steps(self.t_init, total_steps), max(1, in_steps(self.t_final, total_steps))
 
     @classmethod
     def extra_loss(cls, layers):
-        """gamma * mean over all P and Q of ||P'P - I|| or ||QQ' - I|| (eq. 4): a scalar."""
+        """Returns gamma * mean over all P and Q of ||P'P - I|| or ||QQ' - I|| (eq. 4): a scalar."""
         layers = list(layers)
         with full_precision(layers[0].P):
             grams = torch.stack([gram for layer in layers for gram in

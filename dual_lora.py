@@ -23,8 +23,8 @@ from support.errors import UserError
 
 
 class Sign(torch.autograd.Function):
-    """Sign, whose own gradient is 0. Straight-through passes the gradient on to x, clipped:
-    dL/dx = clip(dL/dSign, -1, 1) (section 3). Where ReLU is 0, size and sign get none."""
+    """Computes Sign, whose own gradient is 0, and passes the gradient straight through, clipped:
+    dL/dx = clip(dL/dSign, -1, 1) (section 3). Size and sign get none where ReLU is 0."""
     @staticmethod
     def forward(ctx, x, limit):
         ctx.limit = limit               # 1, or infinity without the clip
@@ -90,7 +90,7 @@ class DualLoRALinear(AdapterLinear):
                 raise UserError(f"{name} must be above 0 and finite, not {value}")
 
     def start_size(self) -> tuple[float, float]:
-        """The deviation of A, B, C and D at the start, and rms(dW) / rms(W0) at full warm-up.
+        """Returns the deviation of A, B, C, D at the start, and rms(dW) / rms(W0) at full warm-up.
 
         An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its
         square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
@@ -136,7 +136,7 @@ class DualLoRALinear(AdapterLinear):
         return self.direction_lr if name in ("C", "D") else 1.0
 
     def warmup_steps(self, total_steps: int) -> int:
-        """update_warmup, or a quarter of a run too short for that."""
+        """Returns update_warmup, or a quarter of a run too short for that."""
         return min(self.update_warmup, max(1, total_steps // 4))
 
     @classmethod
@@ -144,8 +144,8 @@ class DualLoRALinear(AdapterLinear):
         length = max(layer.warmup_steps(total_steps) for layer in layers)
         share = max(layer.start_share for layer in layers)
         if total_steps < 2 and length > 0:
-            raise UserError("Dual LoRA's first step trains nothing, at warm-up 0: it needs at least "
-                            "2 steps, or update_warmup 0")
+            raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: give at "
+                            "least 2 steps, or update_warmup 0")
         return (f"the update warms up from 0 to 1 over {length} steps; " * (length > 0)
                 + f"untrained it is at most {100 * share:.3g} % of a layer's weights"
                 + "; warning: above 20 % it damages what the model knows" * (share > 0.2))
@@ -157,13 +157,13 @@ class DualLoRALinear(AdapterLinear):
 
 
 def sign_in_place(x):
-    """x becomes +1 where it is above 0, else -1."""
+    """Makes x +1 where it is above 0, else -1."""
     return x.gt_(0).mul_(2).sub_(1)
 
 
 # ---- The same product, without holding dW. Skip it at a first reading.
 class BlockProduct(torch.autograd.Function):
-    """x W'^T + bias: (tokens, in) -> (tokens, out), without ever holding an out x in update.
+    """Computes x W'^T + bias: (tokens, in) -> (tokens, out), never holding an out x in update.
 
     Plain autograd through delta_weight() keeps about five such matrices for backward. This keeps
     x and the thin ones, and builds W' again block by block, in float32 under autocast, too.
@@ -222,7 +222,7 @@ def blocks(A, B, C, D):
 
 
 def add_product(total, a, b):
-    """total + a @ b in place of total, summed in its dtype."""
+    """Adds a @ b to total, in total's dtype."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     else:

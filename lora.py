@@ -3,11 +3,13 @@
     W' = W0 + alpha/r * B A                                            (section 4.1, eq. 3)
 
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train. The idea: what
-fine-tuning adds to a weight has a low rank, so two thin matrices can hold it. B starts at zero:
-the first step sees exactly the pretrained model. LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is
-the same layer with a higher learning rate for B.
-The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size. A step
-does nothing beside the gradient.
+fine-tuning adds to a weight has a low rank, so two thin matrices can hold it.
+The start: B is zero, so the first step sees exactly the pretrained model. A is random.
+A step does nothing beside the gradient, which is plain autograd's.
+The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size.
+It goes wrong with full fine-tuning's learning rate, which is about ten times too low; and alpha
+multiplies the update, so another alpha wants another rate.
+LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer with a higher rate for B.
 
 Weights are (out, in) everywhere. A prime transposes every matrix but W', the merged weight.
 LoRALinear, at the end, is the method. AdapterLinear holds what all methods share: read it second.
@@ -25,21 +27,21 @@ from support.errors import UserError
 
 
 def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
-    """UserError unless `value` is a whole number in low..high."""
+    """Raises UserError unless `value` is a whole number from low to high."""
     if not isinstance(value, int) or not low <= value <= high:
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise UserError(f"{name} must be a whole number {limits}, not {value!r}")
 
 
 def full_precision(x):
-    """Switches autocast off, for what must be built in float32 (a meta tensor has no autocast)."""
+    """Switches autocast off for what must be built in float32. A meta tensor has no autocast."""
     device = x.device.type
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 class AdapterLinear(nn.Module):
-    """The contract of every method: a frozen nn.Linear, `self.base`, and the update it learns.
+    """Holds a frozen nn.Linear, `self.base`, and learns an update: the contract of every method.
 
         forward(x) = x W'^T + bias    with    W' = merged_weight() = W0 + delta_weight()
 
@@ -49,7 +51,8 @@ class AdapterLinear(nn.Module):
     Raises UserError if rank is not in 1..min(in, out), alpha not above 0, dropout not in [0, 1),
     or an option is unknown.
     """
-    # The method's own hyperparameters: name -> (default, help), with the type where that is None.
+    # The method's own hyperparameters: name -> (default, help). A default of None needs its type
+    # as a third: (None, help, int).
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
@@ -73,19 +76,19 @@ class AdapterLinear(nn.Module):
 
     @property
     def W0(self):
-        """The pretrained weight (out, in). No method reads it by another way."""
+        """Returns the pretrained weight (out, in). No method reads it by another way."""
         return self.base.weight
 
     def rows(self, rows: slice):
-        """Some rows of W0: (n, in)."""
+        """Returns some rows of W0: (n, in)."""
         return self.W0[rows]
 
     def frozen(self, x):
-        """x W0^T (..., out), without the bias."""
+        """Returns x W0^T (..., out), without the bias."""
         return F.linear(x, self.W0)
 
     def empty(self, *shape: int):
-        """An uninitialised tensor on the base's device: float32, or float64 on a float64 base.
+        """Makes a tensor on the base's device: float32, or float64 on a float64 base.
 
         bf16 keeps 8 significant bits. Rounding to them would lose a small learning rate's steps.
         In use, a parameter is cast to its input's dtype, as autocast casts any weight.
@@ -94,33 +97,32 @@ class AdapterLinear(nn.Module):
         return torch.empty(shape, dtype=dtype, device=self.W0.device)
 
     def delta_weight(self):
-        """What is added to W0: (out, in), differentiable."""
+        """Returns the update, which is added to W0: (out, in), differentiable."""
         raise NotImplementedError
 
     def merged_weight(self):
-        """W' (out, in), in the adapter's dtype: whoever casts it down rounds only once."""
+        """Returns W' (out, in), in the adapter's dtype: whoever casts it down rounds only once."""
         with full_precision(self.W0):
             return self.W0 + self.delta_weight()
 
     def forward(self, x):
-        """x W0^T + bias + dropout(x) dW^T. Backward builds dW again instead of keeping it."""
+        """Returns x W0^T + bias + dropout(x) dW^T. Backward builds dW again and keeps no copy."""
         def update(x):
             return F.linear(x, self.delta_weight().to(x.dtype))
         return self.base(x) + checkpoint(update, self.dropout(x), use_reentrant=False)
 
     def lr_factor(self, name: str) -> float:
-        """Returns the factor on the run's learning rate for the parameter `name`. LoRA+'s ratio
-        multiplies on top."""
+        """Returns a parameter's factor on the learning rate; LoRA+'s ratio comes on top."""
         return 1.0
 
     @classmethod
     def extra_loss(cls, layers: Iterable["AdapterLinear"]):
-        """A scalar that the loop adds to the loss; `layers`: all adapter layers of the model."""
+        """Returns a scalar that the loop adds to the loss; `layers` are all of the model's."""
         return 0.0
 
     @classmethod
     def start(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> str:
-        """Says what on_step will do when, in words; the loop calls it before its first step.
+        """Says in words when on_step will do what; the loop calls it before its first step.
 
         Raises UserError if the run is too short for the method.
         """
@@ -128,7 +130,7 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def on_step(cls, layers: Iterable["AdapterLinear"], step: int, total_steps: int) -> None:
-        """The loop calls it after each optimizer.step(), before zero_grad(); step starts at 0."""
+        """Acts after each optimizer.step() and before zero_grad(); the first step is 0."""
 
 
 class LoRALinear(AdapterLinear):
@@ -153,7 +155,7 @@ class LoRALinear(AdapterLinear):
         return self.scale * (self.B @ self.A)   # (out, in)
 
     def low_rank(self, x):
-        """delta_weight() applied to x (..., in) without building it: (..., out)."""
+        """Returns x dW^T without building dW: x (..., in) -> (..., out)."""
         h = F.linear(x, self.A.to(x.dtype))                       # (..., r)
         # Scaled here, where a token has r numbers, and not after B, where it has `out`.
         return F.linear(self.scale * h, self.B.to(x.dtype))       # (..., out)

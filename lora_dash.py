@@ -11,13 +11,15 @@ it, relative to its size in W0; the s directions with the highest rates are chos
 
     |u_i' dW v_i| / sigma_i              (the paper adds an eps to sigma_i, its code does not)
 
-B starts at zero: the first step sees the pretrained model. c starts at zero: the dash goes on
-from where LoRA was.
 By hand: sigma = 4 and 1, and dW moves 6 along the first direction, 2 along the second. The rates
-are 1.5 and 2: the second is chosen. Dividing by sigma favours small sigmas, which may carry only
-noise. A direction of sigma 0 that moved at all comes first.
+are 1.5 and 2: the second is chosen.
+The start: B is zero, so the first step sees the pretrained model. c is zero when the dash begins.
+The gradient: c has none before the dash. on_step chooses the directions, once.
 The cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times its step on a
 model of 25 M parameters, and one singular value decomposition of every adapted W0.
+It goes wrong without on_step: it stays LoRA. Dividing by sigma favours small sigmas, which may
+carry only noise; a direction of sigma 0 that moved at all comes first.
+It differs from the code in counting optimizer steps, and in one dropout mask for both updates.
 """
 import torch
 import torch.nn.functional as F
@@ -28,23 +30,14 @@ from lora import LoRALinear, check_whole
 from support.errors import UserError
 
 
-def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:
-    """The optimizer step (0 for the first) after which the directions are chosen: prelaunch - 1.
-
-    A run of at most `prelaunch` steps starts its dash after a quarter of its steps instead.
-    """
-    return (prelaunch if prelaunch < total_steps else max(1, total_steps // 4)) - 1
-
-
 class LoRADashLinear(LoRALinear):
     """W' = W0 + scale B A + U diag(coords) Vt: in the dash an update of rank r + s.
 
     x (..., in) -> (..., out). U (out, s), Vt (s, in): the chosen directions, zero before the dash
     and then frozen; coords (s,) are not multiplied by alpha/r. s = `directions`, at most
     min(in, out). The pre-launch lasts `prelaunch` optimizer steps (a run too short for that:
-    last_prelaunch_step), counted by on_step; forward only reads the phase. Both updates see the
-    same dropout(x), where the official code draws twice. An optimizer gets coords from the start,
-    but they have no gradient before the dash.
+    last_prelaunch_step), counted by on_step; forward only reads the phase. An optimizer gets
+    coords from the start.
     Raises UserError if directions or prelaunch is below 1.
     """
 
@@ -79,7 +72,7 @@ class LoRADashLinear(LoRALinear):
         return y
 
     def change_rates(self):
-        """-> U (out, k), rates (k,), Vt (k, in) of all k = min(in, out) directions of W0."""
+        """Returns U (out, k), rates (k,), Vt (k, in) of all k = min(in, out) directions of W0."""
         U, sigma, Vt = torch.linalg.svd(self.W0.to(self.A.dtype), full_matrices=False)
         # u_i' B A v_i for all i at once, without the (out, in) product B A.
         change = self.scale * ((U.t() @ self.B) * (Vt @ self.A.t())).sum(1)
@@ -111,3 +104,11 @@ class LoRADashLinear(LoRALinear):
         work = sum(layer.W0.numel() * min(layer.W0.shape) for layer in due)
         for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
             layer.launch()
+
+
+def last_prelaunch_step(total_steps: int, prelaunch: int) -> int:
+    """Returns the step (0 for the first) after which the directions are chosen: prelaunch - 1.
+
+    A run of at most `prelaunch` steps starts its dash after a quarter of its steps instead.
+    """
+    return (prelaunch if prelaunch < total_steps else max(1, total_steps // 4)) - 1

@@ -152,7 +152,8 @@ def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
 
 def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
     """The modules that one of `names` names; none may hold an adapter."""
-    found = {path: module for path, module in model.named_modules() if path and ends_in(path, names)}
+    found = {path: module for path, module in model.named_modules()
+             if path and ends_in(path, names)}
     for name in names:
         if not any(ends_in(path, [name]) for path in found):
             raise UserError(f"whole: no module is named {name}")

@@ -43,8 +43,9 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
     autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16, args.dtype == "bf16")
     first = run.restore(model, optimizer) if args.resume else 0
     model.train()
-    with stop_requests() as asked_to_stop, tqdm(range(first, args.steps), initial=first, unit="step",
-                                                total=args.steps, disable=not is_main()) as bar:
+    steps = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step",
+                 disable=not is_main())
+    with stop_requests() as asked_to_stop, steps as bar:
         for step in bar:
             factor = lr_factor(step, args.steps, args.warmup)
             for group, peak in zip(optimizer.param_groups, peaks):
