@@ -58,10 +58,10 @@ class AdaLoRALinear(AdapterLinear):
     last phase prunes the same directions again, since a step moves them off 0. The layers of a
     model share all of these.
 
-    As the official code and not the paper: the 1e-5; norms in the penalty that are not squared,
+    Differs from the paper, as its code does: the 1e-5; norms in the penalty that are not squared,
     and averaged; importances from a step's gradients (clipped) and the weights after it.
-    As neither: the last phase begins with a pruning whatever delta_t is, as in peft; exactly the
-    budget is kept where importances are equal.
+    Differs from both: the last phase begins with a pruning whatever delta_t is, as in peft; exactly
+    the budget is kept where importances are equal.
     Raises UserError if an option is out of range; for a schedule that cannot work, see start().
     """
 
@@ -128,7 +128,7 @@ class AdaLoRALinear(AdapterLinear):
             Ubar.lerp_((I - Ibar).abs(), 1 - self.beta2)
 
     def importance(self):
-        """Returns S (r0,): S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij) for direction i (eq. 7),
+        """Returns S (r0,): S_i = s(lam_i) + mean_j s(P_ji) + mean_j s(Q_ij) for each i (eq. 7),
 
             s(w) = Ibar * Ubar                                              (eq. 11)
 

@@ -158,7 +158,7 @@ def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
         if not any(ends_in(path, [name]) for path in found):
             raise UserError(f"whole: no module is named {name}")
     for path in found:
-        if inside := [other for other in adapted if f"{other}.".startswith(f"{path}.")]:
+        if inside := [other for other in sorted(adapted) if f"{other}.".startswith(f"{path}.")]:
             raise UserError(f"{inside[0]}: cannot be adapted and whole at once")
     return list(found.values())
 
