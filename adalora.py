@@ -78,17 +78,7 @@ class AdaLoRALinear(AdapterLinear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         self.init_rank = int(1.5 * rank + 0.5) if self.init_rank is None else self.init_rank
-        check_whole("init_rank", self.init_rank, rank, sum(self.W0.shape))
-        check_whole("delta_t", self.delta_t, 1)
-        for name in ("t_init", "t_final"):
-            t = getattr(self, name)
-            if not 0 <= t < math.inf or (t >= 1 and t != int(t)):
-                raise UserError(f"{name} must be whole steps, or a share below 1, not {t}")
-        for name in ("beta1", "beta2"):
-            if not 0 < getattr(self, name) < 1:
-                raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
-        if not 0 <= self.gamma < math.inf:
-            raise UserError(f"gamma must be at least 0 and finite, not {self.gamma}")
+        self.check_options()
         init_rank, self.scale = self.init_rank, alpha / (self.init_rank + 1e-5)
         self.P = nn.Parameter(self.empty(base.out_features, init_rank))
         self.lam = nn.Parameter(self.empty(init_rank))
@@ -171,6 +161,11 @@ class AdaLoRALinear(AdapterLinear):
     @classmethod
     @torch.no_grad()
     def on_step(cls, layers, step: int, total_steps: int) -> None:
+        """Learns what is important, then prunes the whole model down to the budget.
+
+        By hand: two layers with S = (5, 1) and (3, 4), a budget of 3. The second direction of the
+        first layer is pruned: the layers keep 1 and 2.
+        """
         layers = list(layers)
         if step == 0:
             cls.start(layers, total_steps)        # for a loop that did not ask
@@ -196,3 +191,18 @@ class AdaLoRALinear(AdapterLinear):
         pruned[importance.topk(keep).indices] = False
         for layer, mask in zip(layers, pruned.split(sizes)):
             layer.lam.masked_fill_(mask, 0)
+
+    def check_options(self) -> None:
+        """Refuses what is out of range."""
+        # 1.5 x rank may exceed min(in, out); more directions than in + out are a slip.
+        check_whole("init_rank", self.init_rank, self.rank, sum(self.W0.shape))
+        check_whole("delta_t", self.delta_t, 1)
+        for name in ("t_init", "t_final"):
+            t = getattr(self, name)
+            if not 0 <= t < math.inf or (t >= 1 and t != int(t)):
+                raise UserError(f"{name} must be whole steps, or a share below 1, not {t}")
+        for name in ("beta1", "beta2"):
+            if not 0 < getattr(self, name) < 1:
+                raise UserError(f"{name} must be between 0 and 1, not {getattr(self, name)}")
+        if not 0 <= self.gamma < math.inf:
+            raise UserError(f"gamma must be at least 0 and finite, not {self.gamma}")

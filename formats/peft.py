@@ -45,6 +45,10 @@ HARMLESS = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to
             "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 
 
+# The methods that as_lora() knows.
+MAPPED = {"lora", "lora+", "dora", "adalora", "dash", "dual"}
+
+
 class Update(NamedTuple):
     """Holds one module's update, scale * B A, and DoRA's magnitude."""
     A: Tensor                           # (r, in)
@@ -62,8 +66,8 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     nothing, and the dict is empty.
     rank: the rank of the LoRA that stands for Dual LoRA, which needs one. A narrower layer gets
     its full rank. base: the pretrained model's name, for adapter_config.json.
-    Raises UserError if there are no adapters, PEFT has no module for a layer, or the rank does not
-    suit the method.
+    Raises UserError if there are no adapters, the method or a layer has no form in PEFT, or the
+    rank does not suit the method.
     """
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
@@ -73,6 +77,9 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     if not layers:
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
                         "themselves: write the whole model)" * (method == "full"))
+    if method not in MAPPED:
+        raise UserError(f"{folder}: {method} is not mapped to an adapter of PEFT: as_lora() in "
+                        "formats/peft.py would have to know it")
     if (rank is not None) != (method == "dual"):
         raise UserError("Dual LoRA's update has no low rank: give --rank, of the LoRA that is to "
                         "stand for it" if rank is None else

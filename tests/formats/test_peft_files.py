@@ -18,7 +18,8 @@ import convert
 import train
 from formats.checkpoint import load_pretrained
 from formats.peft import export_peft, import_peft
-from methods import METHODS, adapters, inject, load, merge, save, state
+from lora import LoRALinear
+from methods import METHODS, Method, adapters, inject, load, merge, save, state
 from support.errors import UserError
 
 ADAPTERS = [name for name in METHODS if name != "full"]
@@ -378,3 +379,15 @@ def test_wrong_commands_end_with_one_line_and_write_nothing(flags, said, run_of,
     flags = [str({"RUN": run_of("lora"), "BASE": BASE}.get(flag, flag)) for flag in flags]
     assert said in refused(capsys, *flags, main=convert.main)
     assert [p.name for p in Path().rglob("*")] == ["full", "mine"]
+
+
+def test_a_method_that_is_not_mapped_and_whole_modules_are_not_written(tmp_path, monkeypatch):
+    class Own(LoRALinear):
+        pass
+    monkeypatch.setitem(METHODS, "own", Method(Own, 1e-2))
+    for method, whole, said in (("own", (), "own is not mapped to an adapter of PEFT"),
+                                ("lora", ["norm"], "the whole modules norm have no place")):
+        model = inject(load_pretrained(BASE)[0], method, ["q"], whole=whole)
+        with pytest.raises(UserError, match=said):
+            export_peft(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
