@@ -15,6 +15,7 @@ import hashlib
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 
@@ -154,13 +155,18 @@ class TextTask(Task):
         digest = hashlib.sha256(repr(self.notes).encode())
         for example in (*self.train, *self.valid):
             digest.update(repr((example, self.sequence(example))).encode())
-        for example in (*self.valid, *self.test):
-            digest.update(repr((example, self.scored(example))).encode())
+        for pair in self.held_out:
+            digest.update(repr(pair).encode())
         return digest.hexdigest()
 
     def cut(self) -> dict[str, int]:
-        held_out = [any(s.cut for s in self.scored(e)) for e in (*self.valid, *self.test)]
-        return {"train": sum(self.sequence(e).cut for e in self.train), "held out": sum(held_out)}
+        return {"train": sum(self.sequence(e).cut for e in self.train),
+                "held out": sum(any(s.cut for s in row) for _, row in self.held_out)}
+
+    @cached_property
+    def held_out(self) -> list[tuple]:
+        """Pairs each example of valid and test with what score() sees."""
+        return [(e, self.scored(e)) for e in (*self.valid, *self.test)]
 
     def show(self, model, folder: Path) -> str:
         """Returns a test prompt and the line that the model writes after it, greedily."""

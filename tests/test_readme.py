@@ -32,11 +32,11 @@ def test_what_is_quoted_from_a_file_stands_there_in_this_order(place, file):
 @pytest.mark.slow
 def test_the_loop_of_one_s_own_trains_every_method(tmp_path):
     code = code_under("Your own model and data").replace("data/base", str(ROOT / "data" / "base"))
-    for method in METHODS:
-        own = code.replace('"dual"', repr(method)) + "\nassert loss < 1, loss"
-        done = subprocess.run([sys.executable, "-c", own], cwd=tmp_path, capture_output=True,
-                              text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        assert done.returncode == 0, done.stderr
+    own = "\n".join(code.replace('"dual"', repr(method)).replace("100", "20")
+                    + f"assert loss < 2, {method!r}" for method in METHODS)
+    done = subprocess.run([sys.executable, "-c", own], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "adapter.safetensors").exists()
 
 

@@ -127,10 +127,10 @@ def cross_entropy(model, tokens, is_target):
 
 def test_the_report_covers_every_kind_and_gives_no_answer_away(base, monkeypatch):
     asked = []
-    monkeypatch.setattr(pretrain, "recall", lambda model, tokenizer, examples, **_:
+    monkeypatch.setattr(pretrain, "recall", lambda model, setup, examples:
                         asked.extend(examples) or Scores({}, {}, []))
     world = World(people=30, places=20)
-    pretrain.report(None, None, world)
+    pretrain.report(*base, world)
     groups = Counter(e.group for e in asked)
     for kind in ("yes_no", "same", "which", "choice", "two_hop"):
         for who in ("taught", "untaught"):
