@@ -2,20 +2,23 @@
 
     W' = W0 + alpha/r0 * P diag(lam) Q           (eq. 3; alpha/r0 as in the official code)
 
-W0 (out, in) is the pretrained weight, frozen; P (out, r0), lam (r0,) and Q (r0, in) train. A
-penalty keeps P and Q near orthonormal, which gives the shape of a singular value decomposition: it
-is gamma times the mean of ||P'P - I|| and ||QQ' - I|| over all layers (eq. 4 squares and sums).
-The idea: some matrices need more rank than others. All start with r0 = init_rank directions (a
-column of P, its lam, a row of Q), more than the budget allows. Step by step the least important
-directions of the whole model are pruned: their lam is set to 0.
-The start: lam is zero, so the first step sees exactly the pretrained model. Only lam gets a
-gradient from the loss in it; P and Q wait until lam has moved.
-A step also learns what is important (learn_importance, importance), and prunes all but as many
-directions as `budget` says. on_step tells how a pruned one comes back.
-The cost: r0 (in + out + 1) parameters, of which Ibar and Ubar are kept too, and 1.02 times LoRA's
-step on a model of 25 M parameters.
-It goes wrong in a run too short to prune in, and if on_step comes after zero_grad: both are errors.
-Differences from the paper stand in the class.
+W0 (out, in) is the pretrained weight, frozen; P (out, r0), lam (r0,) and Q (r0, in) train.
+Idea: some matrices need more rank than others. All start with r0 = init_rank directions (a column
+of P, its lam, a row of Q), more than the budget allows. Step by step the least important directions
+of the whole model are pruned: their lam is set to 0.
+Start: lam is zero, so the first step sees exactly the pretrained model.
+Gradient: at lam = 0 only lam gets one from the loss. A penalty adds to P's and Q's: gamma times the
+mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4). It keeps both near orthonormal, as
+in a singular value decomposition, so that a lam can be judged alone.
+A step, beside it:
+    1. I = |w dL/dw| of each number, smoothed               learn_importance, eq. 8 to 10
+    2. a score for each direction                           importance, eq. 7 and 11
+    3. every delta_t steps: keep the b(t) best, set the other lam to 0        budget, eq. 12
+A pruned lam still has a gradient, so a direction can come back.
+Cost: r0 (in + out + 1) parameters and two buffers of that size, and 1.02 times the time a step of
+LoRA of rank r (25 M parameters, CPU).
+Goes wrong: in a run too short to prune in, or with on_step after zero_grad; both are errors.
+Differs: see the class.
 """
 import math
 
@@ -45,7 +48,7 @@ def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_
 
 def in_steps(t: float, total_steps: int) -> int:
     """Returns t in steps: below 1 it is a share of the run, rounded down."""
-    return int(t * total_steps + 1e-9) if t < 1 else int(t)      # 0.29 * 100 is 28.999...
+    return int(t * total_steps + 1e-9) if t < 1 else int(t)      # 1e-9: 0.29 * 100 is 28.999...
 
 
 class AdaLoRALinear(AdapterLinear):
@@ -53,13 +56,12 @@ class AdaLoRALinear(AdapterLinear):
 
     init_rank: directions that each layer starts with (1.5 rank); rank: those that it keeps at the
     end, on average over the model. t_init, t_final: length of the first and the last phase in
-    steps, below 1 as a share of the run; t_final is at least one step. Prunings come at steps that
-    delta_t divides; between two of them a pruned direction trains and is in use. Each step of the
-    last phase prunes the same directions again, since a step moves them off 0. The layers of a
-    model share all of these.
+    steps, below 1 as a share of the run; t_final is at least one step. A pruning comes every
+    delta_t steps; between two of them a pruned direction trains and is in use. The last phase
+    prunes the same ones after every step. The layers of a model share all of these.
 
-    Differs from the paper, as its code does: the 1e-5; norms in the penalty that are not squared,
-    and averaged; importances from a step's gradients (clipped) and the weights after it.
+    Differs from the paper, as its code does: the 1e-5; norms in the penalty, averaged, where the
+    paper sums squares; I of the clipped gradient before a step and the weight after it.
     Differs from both: the last phase begins with a pruning whatever delta_t is, as in peft; exactly
     the budget is kept where importances are equal.
     Raises UserError if an option is out of range; for a schedule that cannot work, see start().
@@ -79,10 +81,10 @@ class AdaLoRALinear(AdapterLinear):
         super().__init__(base, rank, alpha, dropout, **own)
         self.init_rank = int(1.5 * rank + 0.5) if self.init_rank is None else self.init_rank
         self.check_options()
-        init_rank, self.scale = self.init_rank, alpha / (self.init_rank + 1e-5)
-        self.P = nn.Parameter(self.empty(base.out_features, init_rank))
-        self.lam = nn.Parameter(self.empty(init_rank))
-        self.Q = nn.Parameter(self.empty(init_rank, base.in_features))
+        self.scale = alpha / (self.init_rank + 1e-5)
+        self.P = nn.Parameter(self.empty(base.out_features, self.init_rank))
+        self.lam = nn.Parameter(self.empty(self.init_rank))
+        self.Q = nn.Parameter(self.empty(self.init_rank, base.in_features))
         nn.init.normal_(self.P, std=0.02)   # the paper: "random Gaussian"; the code: 0.02
         nn.init.normal_(self.Q, std=0.02)
         nn.init.zeros_(self.lam)
@@ -106,14 +108,15 @@ class AdaLoRALinear(AdapterLinear):
             Ibar = beta1 Ibar + (1 - beta1) I               one batch is noisy: smoothed (eq. 9)
             Ubar = beta2 Ubar + (1 - beta2) |I - Ibar|      how much I varies around that (eq. 10)
 
-        Both start at 0 and lag behind, but all by the same factor, and only their order matters.
+        Both start at 0 and lag: their order means little at first, so t_init waits. dL/dw has the
+        penalty's part in it.
         By hand, beta1 = beta2 = 0.5, I = 2 and then 6: Ibar = 1, 3.5; Ubar = 0.5, 1.5.
         """
         for name in ("P", "lam", "Q"):
             w = getattr(self, name)
             Ibar, Ubar = getattr(self, f"Ibar_{name}"), getattr(self, f"Ubar_{name}")
             gradient = 0 if w.grad is None else w.grad     # None: the loss did not use this layer
-            I = (w * gradient).abs().nan_to_num(0, 0)      # an overflow tells nothing
+            I = (w * gradient).abs().nan_to_num(nan=0, posinf=0)    # an overflow tells nothing
             Ibar.lerp_(I, 1 - self.beta1)
             Ubar.lerp_((I - Ibar).abs(), 1 - self.beta2)
 
@@ -122,9 +125,8 @@ class AdaLoRALinear(AdapterLinear):
 
             s(w) = Ibar * Ubar                                              (eq. 11)
 
-        s is high only if w matters and its I has not settled: of two numbers that matter equally,
-        the one that is less well known gets the benefit of the doubt. A steady I counts nothing
-        once Ibar has caught up with it; t_init gives it the time.
+        s is high if w matters and its I still varies: of two that matter equally, the less well
+        known one is kept. So a weight of steady importance ends near 0, a weakness of eq. 11.
         Means, not sums: a direction of a large matrix is not kept for having more numbers.
         """
         return (self.Ibar_lam * self.Ubar_lam + (self.Ibar_P * self.Ubar_P).mean(0)
@@ -136,7 +138,7 @@ class AdaLoRALinear(AdapterLinear):
 
     @classmethod
     def extra_loss(cls, layers):
-        """Returns gamma * mean over all P and Q of ||P'P - I|| or ||QQ' - I|| (eq. 4): a scalar."""
+        """Returns gamma * mean over P and Q of ||P^T P - I|| and ||Q Q^T - I|| (eq. 4): a scalar."""
         layers = list(layers)
         with full_precision(layers[0].P):
             grams = torch.stack([gram for layer in layers for gram in
@@ -168,13 +170,12 @@ class AdaLoRALinear(AdapterLinear):
         """
         layers = list(layers)
         if step == 0:
-            cls.start(layers, total_steps)        # for a loop that did not ask
+            cls.start(layers, total_steps)        # refuses a schedule that the loop did not check
         t_init, t_final = layers[0].phases(total_steps)
         last_phase = step >= total_steps - t_final
         if not last_phase:
-            # The step is done, its gradients are still there: I is old gradient x new weight. A
-            # pruned lam has a gradient, though its P and Q have none from the loss, so the step
-            # has moved it off 0 and its importance is not 0: thus a direction can come back.
+            # The step is done, its gradients are still there: I is old gradient x new weight. The
+            # step has moved a pruned lam off 0, so its I is not 0, and its direction can come back.
             if all(layer.lam.grad is None for layer in layers):
                 raise UserError("AdaLoRA learns importances from gradients: call on_step after "
                                 "optimizer.step() and before zero_grad()")

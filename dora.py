@@ -3,14 +3,15 @@
     W' = m W / ||W||,   W = W0 + alpha/r * B A          (eq. 5; alpha/r as in the official code)
 
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) are LoRA's; m (out,) is
-`magnitude`. ||W|| (out,) is the length of each row of W: the paper's "column", since it writes
-weights the other way round. The idea: full fine-tuning changes the length and the direction of
-each row separately, so each gets parameters of its own.
-The start: B is zero and m is ||W0||, so the first step sees exactly the pretrained model.
-The gradient takes ||W|| for a constant (section 4.3). A step does nothing beside it.
-The cost: `out` parameters more than LoRA, and 1.07 times its step on a model of 25 M parameters.
-It goes wrong if W0 is not filled yet when the layer is made, since m starts at its lengths.
-It differs from the paper in saying row for column, and in alpha/r, which its code has.
+`magnitude`. ||W|| (out,) is the length of each row of W.
+Idea: full fine-tuning changes the length and the direction of each row separately, so each gets
+parameters of its own.
+Start: B is zero and m is ||W0||, so the first step sees exactly the pretrained model.
+Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW' and g, w a
+row of G and W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. A step does nothing else.
+Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU).
+Goes wrong: if W0 is loaded after the layer is made. m keeps the lengths that it found.
+Differs: the paper says column for row, since it writes weights the other way round.
 """
 import torch
 from torch import nn
@@ -18,8 +19,8 @@ from torch import nn
 from lora import LoRALinear, full_precision
 
 
-def keep_lengths(layer: "DoRALinear", *_) -> None:
-    """Keeps ||W0||^2 (out,), which stays while W0 is frozen; loading another W0 changes it."""
+def keep_squared_lengths(layer: "DoRALinear", *_) -> None:
+    """Computes ||W0||^2 (out,) once, since W0 is frozen."""
     lengths = torch.linalg.vector_norm(layer.W0.detach(), dim=1, dtype=layer.A.dtype)
     layer.register_buffer("W0_squared", lengths ** 2, persistent=False)
 
@@ -30,18 +31,18 @@ class DoRALinear(LoRALinear):
     By hand, one row: W0 = [3, 4], A = [3, 4], B = 0.5, scale 2, m = 20. Then W = [6, 8], of length
     10, and W' = 20/10 [6, 8] = [12, 16].
 
-    The bias is not scaled. A constant ||W|| saves 24 % of the memory on LLaMA-7B, at an accuracy
-    of 78.1 instead of 78.3 (table 7). The gradient then keeps its part along W, which the full one
-    projects out. norm_gradient lets the gradient through; a bf16 W0 is kept in float32 for backward
-    then. A row of zeros has no direction and stays zero.
+    The bias is not scaled. A constant ||W|| saves 24 % of the memory on LLaMA-7B and costs 0.2
+    points of accuracy (table 7: 78.1, not 78.3). The full gradient, norm_gradient, also takes away
+    g's part along w; a bf16 W0 then costs a float32 copy until backward. A row of zeros has no
+    direction and stays zero.
     """
 
     options = {"norm_gradient": (False, "let the gradient through the norm too")}
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
-        keep_lengths(self)
-        self.register_load_state_dict_post_hook(keep_lengths)    # another W0 has other lengths
+        keep_squared_lengths(self)
+        self.register_load_state_dict_post_hook(keep_squared_lengths)       # but not magnitude
         self.magnitude = nn.Parameter(self.W0_squared.sqrt())
 
     def merged_weight(self):
@@ -56,14 +57,14 @@ class DoRALinear(LoRALinear):
         """Returns m / ||W|| (out,), given ||W||^2."""
         if not self.norm_gradient:
             squared = squared.detach()          # a constant in backward: section 4.3
-        return self.magnitude / squared.masked_fill(squared <= 0, 1).sqrt()   # by 1: no 0/0
+        return self.magnitude / squared.masked_fill(squared <= 0, 1).sqrt()   # a row of 0: 0/1
 
     def squared_norm(self):
-        """Returns ||W||^2 (out,). Row w of W0, b of B: |w|^2 + 2 s b.(w A') + s^2 b.(b A A').
+        """Returns ||W||^2 (out,). For rows w of W0, b of s B: |w|^2 + 2 b.(w A^T) + b.(b A A^T).
 
-        By hand, W0 = [3, 4], A = [1, 2], b = 0.5, s = 2: 25 + 2 * 11 + 5 = 52, as [4, 6] has.
-        W (out, in) is never built: A A' is (r, r), W0 A' is (out, r).
-        Rounding spoils the sum only where B A cancels more than 99 % of a row's length.
+        By hand, W0 = [3, 4], A = [1, 2], b = 2 * 0.5: 25 + 2 * 11 + 5 = 52, as [4, 6] has.
+        W (out, in) is never built: A A^T is (r, r), W0 A^T is (out, r).
+        Rounding matters only if B A cancels over 99 % of a row's length.
         """
         needs_graph = self.norm_gradient and torch.is_grad_enabled()
         with full_precision(self.A), torch.set_grad_enabled(needs_graph):
@@ -72,11 +73,11 @@ class DoRALinear(LoRALinear):
             return self.W0_squared + (B * (2 * (W0 @ A.t()) + B @ (A @ A.t()))).sum(1)
 
     def forward(self, x):
-        dropped = self.dropout(x)       # for W0 too; the last term puts back what W0 lost
+        dropped = self.dropout(x)       # W0 gets it too, as in the official code; see below
         h = self.frozen(dropped) + self.low_rank(dropped)            # (..., out)
         ratio = self.ratio(self.squared_norm())
         y = ratio * h if self.base.bias is None else torch.addcmul(self.base.bias, ratio, h)
         if self.training and self.dropout.p > 0:
             # The official code: W0 x + (m/||W|| - 1) W0 drop(x) + m/||W|| s B A drop(x) + bias.
             y = y + self.frozen(x - dropped)
-        return y.to(h.dtype)    # ratio is float32, and so was y
+        return y.to(h.dtype)    # ratio is float32

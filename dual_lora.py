@@ -2,15 +2,19 @@
 
     W' = W0 + warmup * alpha/sqrt(r1 r2) * ReLU(B A) (.) Sign(D C)               (section 3)
 
-A (r1, in) and B (out, r1) say how far each weight moves. C (r2, in) and D (out, r2) say which way.
-(.) is element by element; Sign(x) = +1 if x > 0, else -1. The idea: fine-tuning moves every weight
-by a size and a sign. One thin product for each gives an update of nearly full rank.
-The start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train. All four
-matrices start Gaussian. `warmup` is 0 in the first step, which sees the pretrained model and trains
-nothing. on_step then raises it to 1 over a few steps: the random update comes in, at 1 % of W0.
-The cost: as many parameters as LoRA, and 1.25 times its step on a model of 25 M parameters.
-It goes wrong without on_step, or where the random update is large beside W0 (start_size).
-The paper leaves open the start's size, the split of r and a rate for C and D: they are ours.
+(.) is element by element; Sign(x) = +1 if x > 0, else -1. A (r1, in) and B (out, r1) say how far
+each weight moves, C (r2, in) and D (out, r2) which way; r1 + r2 = r.
+Idea: fine-tuning moves every weight by a size and a sign. ReLU and Sign, entry by entry, lift two
+thin products to an update of nearly full rank.
+Start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train, and all four
+matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step, which trains nothing.
+Gradient: Sign's own is 0, so it is passed straight through, clipped to [-1, 1] (section 3). An
+entry whose ReLU is 0 gets none.
+A step: on_step raises `warmup` to 1 over 5 steps. The random update then has 1 % of W0's size.
+Cost: LoRA's parameters and memory, 1.25 times LoRA's time a step (25 M parameters, CPU).
+Goes wrong: without on_step, or where the random update is large beside W0 (start_size).
+Differs: the start's size, r1 and r2, the warm-up's length, which the paper leaves open, and the
+lower learning rate of C and D are ours.
 """
 import math
 
@@ -23,8 +27,7 @@ from support.errors import UserError
 
 
 class Sign(torch.autograd.Function):
-    """Computes Sign, whose own gradient is 0, and passes the gradient straight through, clipped:
-    dL/dx = clip(dL/dSign, -1, 1) (section 3). Size and sign get none where ReLU is 0."""
+    """Computes Sign(x); straight-through: dL/dx = clip(dL/dSign, -1, 1) (section 3)."""
     @staticmethod
     def forward(ctx, x, limit):
         ctx.limit = limit               # 1, or infinity without the clip
@@ -72,7 +75,7 @@ class DualLoRALinear(AdapterLinear):
         for matrix in (self.A, self.B, self.C, self.D):
             nn.init.normal_(matrix, std=self.std)
         self.register_buffer("warmup", self.empty().fill_(float(self.update_warmup == 0)))
-        self.last_cold = None           # see refuse_a_second_cold_step
+        self.last_cold = None           # see check_on_step_ran
 
     def check_options(self) -> None:
         """Fills in r1 and r2, which share the rank, and refuses what is out of range."""
@@ -92,7 +95,7 @@ class DualLoRALinear(AdapterLinear):
     def start_size(self) -> tuple[float, float]:
         """Returns the deviation of A, B, C, D at the start, and rms(dW) / rms(W0) at full warm-up.
 
-        An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its
+        An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its mean
         square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
         """
         if self.W0.is_meta:
@@ -109,7 +112,7 @@ class DualLoRALinear(AdapterLinear):
 
     def forward(self, x):
         if self.warmup == 0 and torch.is_grad_enabled():
-            self.refuse_a_second_cold_step()
+            self.check_on_step_ran()
         if self.training and self.dropout.p > 0:
             return super().forward(x)       # which builds the whole dW, and again in backward
         if torch.is_autocast_enabled(x.device.type):
@@ -121,7 +124,7 @@ class DualLoRALinear(AdapterLinear):
                     float(self.warmup) * self.scale)
         return y.reshape(*x.shape[:-1], len(self.B))               # (..., out)
 
-    def refuse_a_second_cold_step(self) -> None:
+    def check_on_step_ran(self) -> None:
         """Raises UserError if A has changed since the last forward and warmup is still at 0.
 
         torch counts a tensor's changes in place, but not those that a fused optimizer makes.
@@ -166,7 +169,7 @@ class BlockProduct(torch.autograd.Function):
     """Computes x W'^T + bias: (tokens, in) -> (tokens, out), never holding an out x in update.
 
     Plain autograd through delta_weight() keeps about five such matrices for backward. This keeps
-    x and the thin ones, and builds W' again block by block, in float32 under autocast, too.
+    x and the thin ones, and builds W' again block by block, always in float32 or better.
     """
     @staticmethod
     def forward(ctx, x, A, B, C, D, layer, scale):       # the warm-up is a factor of this scale
@@ -195,7 +198,7 @@ class BlockProduct(torch.autograd.Function):
                 add_product(dx, g, W.to(x.dtype))
             dW = buffer.zero_()
             add_product(dW, g.t(), x)                                     # dL/dW', (n, in)
-            # `scale` waits for the thin results: clip(scale v, -+1) = scale clip(v, -+1/scale).
+            # `scale` multiplies the thin results: clip(scale v, -+1) = scale clip(v, -+1/scale).
             dM = S.mul_(dW)
             dDC = dW.mul_(M).clamp_(-limit, limit)                        # through Sign
             dBA = dM.mul_(M.sign_())         # through ReLU: M's sign is 1 where it is on, else 0
@@ -203,14 +206,12 @@ class BlockProduct(torch.autograd.Function):
             dA.addmm_(B[rows].t(), dBA)
             torch.mm(dDC, C.t(), out=dD[rows])
             torch.mm(dBA, A.t(), out=dB[rows])
-        return dx, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None     # dx is cast to x's
+        return dx, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None     # autograd casts dx
 
 
 def blocks(A, B, C, D):
-    """Walks down dW: yields rows, M = ReLU(B A), S = Sign(D C), free memory; all three (n, in).
-
-    The next block gets the same memory again: fresh memory costs more than the arithmetic.
-    """
+    """Walks down dW: yields rows, M = ReLU(B A), S = Sign(D C), free memory, each (n, in), and
+    reuses their memory: fresh memory costs more than the arithmetic."""
     size = min(max(256, len(B) // 2), 1024, len(B))     # large for products, small for the cache
     buffers = [A.new_empty(size, A.shape[1]) for _ in range(3)]
     for i in range(0, len(B), size):

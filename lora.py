@@ -2,17 +2,19 @@
 
     W' = W0 + alpha/r * B A                                            (section 4.1, eq. 3)
 
-W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train. The idea: what
-fine-tuning adds to a weight has a low rank, so two thin matrices can hold it.
-The start: B is zero, so the first step sees exactly the pretrained model. A is random.
-A step does nothing beside the gradient, which is plain autograd's.
-The cost: r (in + out) parameters, two thin products a token, and no matrix of W0's size.
-It goes wrong with full fine-tuning's learning rate, which is about ten times too low; and alpha
-multiplies the update, so another alpha wants another rate.
-LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer with a higher rate for B.
+W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train.
+Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it. Dividing
+alpha by r keeps the update's size when r changes.
+Start: B is zero, so the first step sees exactly the pretrained model. A is random.
+Gradient: plain autograd's. A step does nothing else.
+Cost: r (in + out) parameters and two thin products a token; no matrix of W0's size is built.
+Goes wrong: with the learning rate of full fine-tuning. On the model that ships 1e-3 is best for
+full, 1e-2 for LoRA. A larger alpha needs a lower rate.
+Differs: A is Kaiming-uniform as in the official code, where the paper says Gaussian.
+LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer, B's learning rate 16 times A's.
 
-Weights are (out, in) everywhere. A prime transposes every matrix but W', the merged weight.
-LoRALinear, at the end, is the method. AdapterLinear holds what all methods share: read it second.
+Weights are (out, in) everywhere. W' is the merged weight; ^T transposes.
+Read LoRALinear first, at the end, and then AdapterLinear: what all methods share.
 """
 import contextlib
 import math
@@ -34,7 +36,7 @@ def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None
 
 
 def full_precision(x):
-    """Switches autocast off for what must be built in float32. A meta tensor has no autocast."""
+    """Switches autocast off for what must be built in float32; a "meta" device has no autocast."""
     device = x.device.type
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
@@ -76,7 +78,7 @@ class AdapterLinear(nn.Module):
 
     @property
     def W0(self):
-        """Returns the pretrained weight (out, in). No method reads it by another way."""
+        """Returns the pretrained weight (out, in). Methods read it only here and by rows()."""
         return self.base.weight
 
     def rows(self, rows: slice):
@@ -90,8 +92,8 @@ class AdapterLinear(nn.Module):
     def empty(self, *shape: int):
         """Makes a tensor on the base's device: float32, or float64 on a float64 base.
 
-        bf16 keeps 8 significant bits. Rounding to them would lose a small learning rate's steps.
-        In use, a parameter is cast to its input's dtype, as autocast casts any weight.
+        It is not bf16 even if the base is: 8 significant bits would lose a small learning rate's
+        steps. forward() casts it to its input's dtype.
         """
         dtype = torch.float64 if self.W0.dtype == torch.float64 else torch.float32
         return torch.empty(shape, dtype=dtype, device=self.W0.device)
@@ -101,18 +103,20 @@ class AdapterLinear(nn.Module):
         raise NotImplementedError
 
     def merged_weight(self):
-        """Returns W' (out, in), in the adapter's dtype: whoever casts it down rounds only once."""
+        """Returns W' (out, in) in the adapter's dtype, not rounded to the base's."""
         with full_precision(self.W0):
             return self.W0 + self.delta_weight()
 
     def forward(self, x):
-        """Returns x W0^T + bias + dropout(x) dW^T. Backward builds dW again and keeps no copy."""
+        """Returns x W0^T + bias + dropout(x) dW^T, dW = delta_weight(), built again in backward."""
         def update(x):
-            return F.linear(x, self.delta_weight().to(x.dtype))
+            with full_precision(x):
+                dW = self.delta_weight()
+            return F.linear(x, dW.to(x.dtype))
         return self.base(x) + checkpoint(update, self.dropout(x), use_reentrant=False)
 
     def lr_factor(self, name: str) -> float:
-        """Returns a parameter's factor on the learning rate; LoRA+'s ratio comes on top."""
+        """Returns a parameter's factor on the learning rate; LoRA+'s ratio multiplies it."""
         return 1.0
 
     @classmethod
@@ -122,7 +126,7 @@ class AdapterLinear(nn.Module):
 
     @classmethod
     def start(cls, layers: Iterable["AdapterLinear"], total_steps: int) -> str:
-        """Says in words when on_step will do what; the loop calls it before its first step.
+        """Returns a sentence on what on_step will do and when; called before the first step.
 
         Raises UserError if the run is too short for the method.
         """
@@ -137,8 +141,7 @@ class LoRALinear(AdapterLinear):
     """W' = W0 + scale B A, scale = alpha/r; A (r, in), B (out, r); x (..., in) -> (..., out).
 
     By hand: A = [1, 2], B = [1; -1], scale 3: dW = 3 B A = [3, 6; -3, -6].
-    At step 0 B is 0. So dL/dA = scale B' dL/dW' is 0, and dL/dB = scale dL/dW' A' is not: B moves
-    first.
+    With G = dL/dW', dL/dA = scale B^T G and dL/dB = scale G A^T. At step 0 B is 0: B moves first.
     """
     lr_ratio_parameters = ("B",)
 
@@ -147,7 +150,6 @@ class LoRALinear(AdapterLinear):
         self.scale = alpha / rank
         self.A = nn.Parameter(self.empty(rank, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, rank))
-        # The official code draws A this way. The paper says "random Gaussian".
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 

@@ -1,25 +1,27 @@
 """LoRA-Dash: Unleashing the Power of Task-Specific Directions (Si et al., 2024), arXiv:2409.01035.
 
     pre-launch   W' = W0 + alpha/r * B A
-    dash         W' = W0 + alpha/r * B A + sum_i c_i u_i v_i'           (section 4)
+    dash         W' = W0 + alpha/r * B A + sum over s chosen i of c_i u_i v_i^T      (section 4)
 
-W0 (out, in) is the pretrained weight, frozen, and W0 = sum_i sigma_i u_i v_i' its singular value
-decomposition; A (r, in) and B (out, r) train all along, the s coordinates c in the dash. The
-idea: a few of W0's own directions u_i v_i' matter most to the task, and LoRA's first steps tell
-which. The change rate of a direction is how far LoRA's update dW = alpha/r B A has moved along
-it, relative to its size in W0; the s directions with the highest rates are chosen:
+W0 (out, in) is the pretrained weight, frozen. Its singular value decomposition is
+W0 = sum over all i of sigma_i u_i v_i^T, u_i (out,), v_i (in,). A (r, in) and B (out, r) train
+all along, the s coordinates c in the dash.
+Idea: a few of W0's own directions u_i v_i^T matter most to the task, and LoRA's first steps tell
+which. The rate of a direction is LoRA's movement along it, dW = alpha/r B A, relative to sigma_i:
 
-    |u_i' dW v_i| / sigma_i              (the paper adds an eps to sigma_i, its code does not)
+    |u_i^T dW v_i| / sigma_i
 
 By hand: sigma = 4 and 1, and dW moves 6 along the first direction, 2 along the second. The rates
 are 1.5 and 2: the second is chosen.
-The start: B is zero, so the first step sees the pretrained model. c is zero when the dash begins.
-The gradient: c has none before the dash. on_step chooses the directions, once.
-The cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times its step on a
-model of 25 M parameters, and one singular value decomposition of every adapted W0.
-It goes wrong without on_step: it stays LoRA. Dividing by sigma favours small sigmas, which may
-carry only noise; a direction of sigma 0 that moved at all comes first.
-It differs from the code in counting optimizer steps, and in one dropout mask for both updates.
+Start: B is zero, so the first step sees the pretrained model. c is zero when the dash begins.
+Gradient: dL/dc_i = u_i^T G v_i with G = dL/dW'. Before the dash c has none.
+A step: on_step ends the pre-launch, once, by choosing the s directions with the highest rates.
+Cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times its time a step
+(25 M parameters, CPU), and one decomposition of every adapted W0.
+Goes wrong: without on_step it stays LoRA. Dividing by sigma favours small sigmas, which may carry
+only noise; a direction of sigma 0 that moved at all comes first.
+Differs: the paper adds an eps to sigma_i, its code does not. The code counts calls of forward and
+draws a dropout mask for each update; here are optimizer steps and one mask.
 """
 import torch
 import torch.nn.functional as F
@@ -35,9 +37,8 @@ class LoRADashLinear(LoRALinear):
 
     x (..., in) -> (..., out). U (out, s), Vt (s, in): the chosen directions, zero before the dash
     and then frozen; coords (s,) are not multiplied by alpha/r. s = `directions`, at most
-    min(in, out). The pre-launch lasts `prelaunch` optimizer steps (a run too short for that:
-    last_prelaunch_step), counted by on_step; forward only reads the phase. An optimizer gets
-    coords from the start.
+    min(in, out). on_step ends the pre-launch after `prelaunch` steps, or fewer in a short run. An
+    optimizer gets coords from the start.
     Raises UserError if directions or prelaunch is below 1.
     """
 
@@ -64,8 +65,8 @@ class LoRADashLinear(LoRALinear):
         y = self.base(x)
         x = self.dropout(x)
         y = y + self.low_rank(x)
-        # Left out in pre-launch: coords must get no gradient, not a gradient of 0, or Adam would
-        # count those steps and move coords about twice too far in the first ones of the dash.
+        # In pre-launch coords must get no gradient, not a gradient of 0: Adam would count these
+        # steps, and over its next 20 move coords up to twice as far.
         if self.dashing:
             h = F.linear(x, self.Vt.to(x.dtype))                    # (..., s)
             y = y + F.linear(self.coords.to(x.dtype) * h, self.U.to(x.dtype))
@@ -74,9 +75,9 @@ class LoRADashLinear(LoRALinear):
     def change_rates(self):
         """Returns U (out, k), rates (k,), Vt (k, in) of all k = min(in, out) directions of W0."""
         U, sigma, Vt = torch.linalg.svd(self.W0.to(self.A.dtype), full_matrices=False)
-        # u_i' B A v_i for all i at once, without the (out, in) product B A.
+        # u_i^T B A v_i for all i at once, without the (out, in) product B A.
         change = self.scale * ((U.t() @ self.B) * (Vt @ self.A.t())).sum(1)
-        rates = (change / sigma).abs()          # sigma may be 0: then inf, or NaN without a change
+        rates = (change / sigma).abs()          # sigma 0: inf, or NaN if nothing moved
         return U, rates.nan_to_num(nan=0.0, posinf=torch.inf), Vt
 
     @torch.no_grad()
@@ -100,7 +101,7 @@ class LoRADashLinear(LoRALinear):
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         due = [layer for layer in layers
                if step >= last_prelaunch_step(total_steps, layer.prelaunch) and not layer.dashing]
-        # An SVD takes about 20 times that many operations: a bar where it takes some seconds.
+        # About a 20th of the decomposition's operations. A bar shows if it takes some seconds.
         work = sum(layer.W0.numel() * min(layer.W0.shape) for layer in due)
         for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
             layer.launch()
