@@ -1,7 +1,7 @@
 """LoRA-Dash: Unleashing the Power of Task-Specific Directions (Si et al., 2024), arXiv:2409.01035.
 
     pre-launch   W' = W0 + alpha/r * B A
-    dash         W' = W0 + alpha/r * B A + sum over s chosen i of c_i u_i v_i^T      (section 4)
+    dash         W' = W0 + alpha/r * B A + sum_i c_i u_i v_i^T    (section 4; over s chosen i)
 
 W0 (out, in) is the pretrained weight, frozen. Its singular value decomposition is
 W0 = sum over all i of sigma_i u_i v_i^T, u_i (out,), v_i (in,). A (r, in) and B (out, r) train

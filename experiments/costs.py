@@ -48,7 +48,7 @@ def work(method: str, n_in: int, n_out: int, n: int, r: int) -> float:
 
         full        g' x                                                n whole
         lora        two thin products forward, four back                3 n r thin
-        dora        lora's; W0 A' and A A' for the norm                 + r whole + r^2 thin
+        dora        lora's; W0 A^T, A A^T for the norm                  + r whole + r^2 thin
         adalora     lora's at rank r0; P'P, Q Q' and their gradients    3 n r0 thin + 3 r0^2 thin
         dash        lora's; its directions are fixed: two and two       + 2 n s thin
         dual        full's; B A and D C, in backward again, and the
@@ -74,7 +74,7 @@ def kept(method: str, n_in: int, n_out: int, n: int, r: int) -> int:
     The count leaves out the weights, and the layer's input x (n, in), which every layer but a
     frozen one keeps.
 
-        lora        h = x A' (n, r)
+        lora        h = x A^T (n, r)
         dora        h, and the output before it is scaled (n, out) for the gradient of m
         adalora     h before and after its lam
         dash        h, and the coordinates of x along the directions (n, s)

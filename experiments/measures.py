@@ -1,7 +1,7 @@
 """Measures weights and updates, without runs or pictures.
 
 W0 and W' (out, in) are a layer's weight before and after training, dW = W' - W0. sigma (k,) are
-singular values, the largest first, k = min(out, in). W0 = sum_i sigma_i u_i v_i'.
+singular values, the largest first, k = min(out, in). W0 = sum_i sigma_i u_i v_i^T.
 """
 import math
 
@@ -43,7 +43,7 @@ def direction_change(W, W0) -> float:
 
 
 def change_rates(dW, U, sigma, Vt):
-    """Returns the change rates |u_i' dW v_i| / sigma_i (k,) of LoRA-Dash, section 3.
+    """Returns the change rates |u_i^T dW v_i| / sigma_i (k,) of LoRA-Dash, section 3.
 
     A rate is how far dW moves W0 along one of W0's own directions, relative to what is there.
     U (out, k), Vt (k, in).

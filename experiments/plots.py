@@ -41,13 +41,13 @@ FORMULAS = {"full": "every weight trains",
             "lora": "$s\\,BA$",
             "dora": r"$m\,\frac{W_0+s\,BA}{\|W_0+s\,BA\|}-W_0$",
             "adalora": r"$s\,P\,\mathrm{diag}(\lambda)\,Q$",
-            "dash": r"$s\,BA+U\,\mathrm{diag}(c)\,V'$",
+            "dash": r"$s\,BA+U\,\mathrm{diag}(c)\,V^\top$",
             "dual": r"$s\,\mathrm{ReLU}(BA)\odot\mathrm{Sign}(DC)$"}
 
 
 def symbol(name: str) -> str:
     """Returns the letter of a factor as it is printed."""
-    letter = {"lam": r"\lambda", "coords": "c", "Vt": "V'"}.get(name, name)
+    letter = {"lam": r"\lambda", "coords": "c", "Vt": r"V^\top"}.get(name, name)
     return f"${letter}$"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from experiments.plots import COLOURS, FORMULAS, LABELS, PRODUCTS, plt, save_figure, symbol
 from lora import AdapterLinear
-from methods import METHODS
+from methods import LISTED, METHODS
 from support.errors import exit_on_user_error
 from support.parser import Parser
 
@@ -24,11 +24,11 @@ TRAINED, FROM_W0 = "#2f7fc1", "0.78"
 # One step of fit() in train.py. A method may have the hooks in HOOKS; `start` comes before it.
 STEP = ("loss", "backward", "extra_loss", "backward", "clip", "optimizer.step", "on_step",
         "zero_grad")
-HOOKS = {"start": {"adalora": "plans its prunings", "dash": "plans its dash",
+HOOKS = {"start": {"adalora": "plans its prunings", "dash": "plans when to choose",
                    "dual": "plans its warm-up"},
-         "extra_loss": {"adalora": "keeps P, Q orthonormal"},
+         "extra_loss": {"adalora": "pulls P, Q towards orthonormal"},
          "on_step": {"adalora": "prunes directions",
-                     "dash": "picks directions",
+                     "dash": "chooses directions",
                      "dual": "raises its warm-up"}}
 
 
@@ -82,14 +82,16 @@ def draw_shapes():
     figure.subplots_adjust(left=0.005, right=0.995, top=0.995, bottom=0.11, wspace=0.04)
     for axes, (method, found) in zip(panels, numbers.items()):
         draw_shape(axes, method, found)
-    for x, label, look in ((0.24, "trained", {"color": TRAINED}),
-                           (0.36, "taken from $W_0$", {"color": FROM_W0}),
-                           (0.54, "pruned", {"facecolor": "white", "edgecolor": TRAINED,
-                                             "hatch": "/////"})):
+    for x, label, look in ((0.10, "trained", {"color": TRAINED}),
+                           (0.21, "taken from $W_0$", {"color": FROM_W0}),
+                           (0.38, "pruned", {"facecolor": "white", "edgecolor": TRAINED,
+                                             "hatch": "/////"}),
+                           (0.48, "computed, not stored", {"facecolor": "white",
+                                                           "edgecolor": "0.4"})):
         figure.patches.append(plt.Rectangle((x, 0.03), 0.016, 0.055, transform=figure.transFigure,
                                             figure=figure, **look))
         figure.text(x + 0.022, 0.055, label, fontsize=12, va="center")
-    figure.text(0.65, 0.055, f"one layer of {SIDE} x {SIDE}, rank {RANK}, to scale", fontsize=12,
+    figure.text(0.69, 0.055, f"one layer of {SIDE} x {SIDE}, rank {RANK}, to scale", fontsize=12,
                 va="center", color="0.35")
     return figure, {"side": SIDE, "rank": RANK, "methods": numbers}
 
@@ -128,7 +130,7 @@ def draw_shape(axes, method: str, found: dict) -> None:
     if method == "dora":
         block(axes, SIDE + GAP, 0, 1, SIDE, TRAINED)
         axes.text(SIDE + GAP + 4, SIDE / 2, symbol("m"), fontsize=12, va="center")
-    axes.text(-53, -95, LABELS[method], fontsize=17, weight="bold", va="center",
+    axes.text(-53, -95, "LoRA, LoRA+" if method == "lora" else LABELS[method], fontsize=17, weight="bold", va="center",
               color=COLOURS[method])
     axes.text(-53, -64, FORMULAS[method], fontsize=12.5, va="center")
     axes.set(xlim=(-54, SIDE + 20), ylim=(SIDE + 38, -110), aspect="equal")
@@ -190,9 +192,9 @@ def draw_step():
                              weight="bold", va="center", color=COLOURS[method])
             axes.annotate(HOOKS[hook][method], (1, 0.5), (5, 0), name, "offset points",
                           fontsize=12.5, va="center")
-    none = [LABELS[method] for method in PRODUCTS if method not in sum(used.values(), [])]
-    axes.text(places[3], -0.5 - 0.35 * 2, f"{', '.join(none)}: no hook", fontsize=12.5,
-              va="center", color="0.35")
+    none = [LABELS[method] for method in LISTED if method not in sum(used.values(), [])]
+    axes.text(6, -0.5 - 0.35 * 2, f"{', '.join(none)} use none of the three", fontsize=12.5,
+              ha="center", va="center", color="0.35")
     return figure, {"step": STEP, "hooks": used}
 
 

@@ -318,7 +318,7 @@ def test_a_method_that_a_reader_adds_gets_its_row_from_its_file(monkeypatch):
     assert row.endswith(") | not measured | not measured | not measured |")
     assert equation_of(METHODS["lora"].layer) == "W0 + alpha/r * B A"
     assert equation_of(METHODS["dora"].layer) == "m W / ‖W‖"
-    assert equation_of(METHODS["dash"].layer) == "W0 + alpha/r * B A + sum_i c_i u_i v_i'"
+    assert equation_of(METHODS["dash"].layer) == "W0 + alpha/r * B A + sum_i c_i u_i v_i^T"
 
 
 @pytest.mark.slow
