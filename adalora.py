@@ -68,13 +68,13 @@ class AdaLoRALinear(AdapterLinear):
     """
 
     options = {
-        "init_rank": (None, "directions of each layer at the start (1.5 x --rank)", int),
-        "t_init": (0.1, "steps before any pruning; below 1, a share of the run"),
-        "t_final": (0.3, "steps at the end with the target budget, likewise"),
-        "delta_t": (1, "steps between two prunings"),
-        "beta1": (0.85, "smoothing of the importance"),
-        "beta2": (0.85, "smoothing of its uncertainty"),
-        "gamma": (0.01, "weight of the penalty that keeps P and Q orthonormal"),
+        "init_rank": (None, "start each layer with this many directions (1.5 x --rank)", int),
+        "t_init": (0.1, "prune nothing in these first steps; below 1, a share of the run"),
+        "t_final": (0.3, "keep the target budget in these last steps; below 1, a share"),
+        "delta_t": (1, "prune once in this many steps"),
+        "beta1": (0.85, "smooth the importance by this"),
+        "beta2": (0.85, "smooth the uncertainty of the importance by this"),
+        "gamma": (0.01, "weigh the penalty that keeps P and Q orthonormal by this"),
     }
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
@@ -138,7 +138,7 @@ class AdaLoRALinear(AdapterLinear):
 
     @classmethod
     def extra_loss(cls, layers):
-        """Returns gamma * mean over P and Q of ||P^T P - I|| and ||Q Q^T - I|| (eq. 4): a scalar."""
+        """Returns gamma * mean over P and Q of ||P^T P - I|| and ||Q Q^T - I|| (eq. 4)."""
         layers = list(layers)
         with full_precision(layers[0].P):
             grams = torch.stack([gram for layer in layers for gram in

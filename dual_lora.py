@@ -52,13 +52,13 @@ class DualLoRALinear(AdapterLinear):
         return self.warmup * self.scale * magnitude * direction
 
     options = {
-        "r1": (None, "rank of the magnitude B A (half of --rank)", int),
-        "r2": (None, "rank of the direction D C (half of --rank)", int),
-        "update_warmup": (5, "steps over which the update grows from 0 to its full size"),
-        "init_share": (0.01, "rms of the untrained update at full warm-up over that of W0"),
-        "init_std": (None, "deviation of A, B, C, D at the start (from --init-share)", float),
+        "r1": (None, "set the rank of the magnitude B A (half of --rank)", int),
+        "r2": (None, "set the rank of the direction D C (half of --rank)", int),
+        "update_warmup": (5, "let the update grow to its full size over this many steps"),
+        "init_share": (0.01, "start the update at this share of the size (rms) of W0"),
+        "init_std": (None, "start A, B, C, D with this deviation (from --init-share)", float),
         "clip": (True, "clip the gradient through Sign at 1"),
-        "direction_lr": (0.3, "learning rate of C and D over that of A and B"),
+        "direction_lr": (0.3, "multiply the learning rate of C and D by this"),
     }
     lr_ratio_parameters = ("B", "D")
 

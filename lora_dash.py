@@ -42,8 +42,8 @@ class LoRADashLinear(LoRALinear):
     Raises UserError if directions or prelaunch is below 1.
     """
 
-    options = {"directions": (8, "directions of W0 that get a coordinate"),
-               "prelaunch": (100, "steps of plain LoRA before they are chosen")}
+    options = {"directions": (8, "train coordinates along this many directions of W0"),
+               "prelaunch": (100, "choose the directions after this many steps of plain LoRA")}
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
