@@ -69,7 +69,7 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
     to_out. A module at two paths stays one. rank and alpha: a number, or {path: number} with every
     adapted layer. The modules that `whole` names train as they are, beside the adapters. `own`:
-    the method's options. For `full` every weight trains; it takes no other argument.
+    the method's options. For `full` every weight trains, and the arguments after it do not matter.
     Raises UserError if the method or an option is unknown, a name matches nothing, a module is
     both adapted and whole, or the model has been injected.
     """

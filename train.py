@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in support/run.py.
 
-fit() is the training. prepare() makes what it trains, report() writes what came of it.
+In the code, fit() is the training, prepare() makes what it needs, report() writes the result.
 """
 import shlex
 import sys
@@ -34,33 +34,34 @@ from support.run import (Flags, Run, check_same, fingerprint, read_config, resum
 
 
 def fit(model, task: Task, args: Flags, run: Run) -> None:
-    """Trains: batch, loss, backward, extra loss, clip, step, on_step, zero_grad, log."""
-    method, layers = contract(model)
+    """Trains the model. Each step: batch, loss, backward, clip, step, hook, log."""
+    method, layers = contract(model)            # the method's class, and the layers it acts on
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.weight_decay,
                                                args.lr_ratio or 1.0))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16, args.dtype == "bf16")
-    first = run.restore(model, optimizer) if args.resume else 0
+    autocast = torch.autocast(args.device.partition(":")[0], torch.bfloat16,
+                              enabled=args.dtype == "bf16")
+    first_step = run.restore(model, optimizer) if args.resume else 0
+    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, unit="step",
+               disable=not is_main())
     model.train()
-    steps = tqdm(range(first, args.steps), initial=first, total=args.steps, unit="step",
-                 disable=not is_main())
-    with stop_requests() as asked_to_stop, steps as bar:
+    with stop_requests() as asked_to_stop, bar:
         for step in bar:
-            factor = lr_factor(step, args.steps, args.warmup)
+            lr_share = lr_factor(step, args.steps, args.warmup)
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * factor
+                group["lr"] = peak * lr_share
             batch = [task.train[i] for i in batch_at(step, len(task.train), args.batch_size,
                                                      args.seed)]
-            size, loss = task.size(batch), 0.0
-            for part in own_parts(batch, args.grad_accum):          # one, unless --grad-accum
+            size, loss = task.size(batch), 0.0          # size: the batch's target tokens, say
+            for part in own_parts(batch, args.grad_accum):      # one part, unless --grad-accum
                 with autocast:
                     part_loss = task.loss(model, part) / size
                 part_loss.backward()
                 loss += part_loss.item()
-            sum_gradients(trainable)                                # over processes, if several
-            loss, stopping = summed([loss, asked_to_stop()], args.device)
-            extra = method.extra_loss(layers)
+            sum_gradients(trainable)                            # over processes; one: unchanged
+            loss, stopping = summed([loss, asked_to_stop()], args.device)       # likewise
+            extra = method.extra_loss(layers)                   # the same in every process
             if torch.is_tensor(extra):
                 extra.backward()
                 extra = extra.detach()
@@ -68,34 +69,35 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
             stop_unless_finite({"loss": loss, "extra loss": float(extra), "gradient norm": norm},
                                f"step {step}")
             optimizer.step()
-            method.on_step(layers, step, args.steps)
+            method.on_step(layers, step, args.steps)            # may read the gradients
             optimizer.zero_grad()
 
-            line = {"step": step, "loss": loss, "lr": args.lr * factor, "grad_norm": norm}
+            line = {"step": step, "loss": loss, "lr": args.lr * lr_share, "grad_norm": norm}
             line |= {"extra_loss": extra.item()} if torch.is_tensor(extra) else {}
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            keep(step + 1, line, model, optimizer, task, args, run, stopping)
+            after_step(step + 1, line, model, optimizer, task, args, run, stopping)
 
 
-def keep(done: int, line: dict, model, optimizer, task, args: Flags, run: Run, stopping) -> None:
-    """Logs a step; where it is due after `done` steps, validates and saves.
+def after_step(done: int, line: dict, model, optimizer, task: Task, args: Flags, run: Run,
+               stopping) -> None:
+    """Logs a step. Validates and saves when that is due after `done` steps.
 
-    Raises KeyboardInterrupt if the run was asked to stop, and NotFinite before a bad weight is
-    saved.
+    Raises NotFinite before a bad weight is saved, and KeyboardInterrupt, as Ctrl-C does, if the run
+    was asked to stop.
     """
     last = done == args.steps
-    validates = done % args.eval_every == 0 and not last
-    snapshots = args.snapshot_every and done % args.snapshot_every == 0
-    saves = done % args.save_every == 0 or last or stopping
-    if validates or snapshots or saves:
+    validate_now = done % args.eval_every == 0 and not last
+    snapshot_now = args.snapshot_every and done % args.snapshot_every == 0
+    save_now = done % args.save_every == 0 or last or stopping
+    if validate_now or snapshot_now or save_now:
         stop_unless_finite(largest_values(model), f"step {line['step']}")
-    if validates:
+    if validate_now:
         line["valid"] = validate(model, task, args)
         stop_unless_finite(line["valid"], f"step {line['step']}")
     run.log(line)
-    if snapshots:
+    if snapshot_now:
         run.snapshot(model, done)
-    if saves:
+    if save_now:
         run.checkpoint(model, optimizer, done)
     if stopping:
         raise KeyboardInterrupt
@@ -108,13 +110,13 @@ def validate(model, task: Task, args: Flags) -> dict[str, float]:
 
 
 def largest_values(model) -> dict[str, float]:
-    """Returns the largest absolute value of each tensor that trains; NaN where it holds one."""
+    """Returns the largest absolute value of each tensor that trains; NaN if it holds a NaN."""
     return {name: tensor.abs().max().item() for name, tensor in state(model).items()
             if tensor.is_floating_point()}
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Returns the share of the peak learning rate: a line up to 1, then a line down to 0."""
+    """Returns lr / peak: rises in a line to 1 over `warmup` steps, then falls in a line to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)
@@ -122,30 +124,31 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 @lru_cache(maxsize=2)
 def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
+    own = torch.Generator().manual_seed(seed + 7919 * epoch)        # a prime: no order comes twice
+    return torch.randperm(n, generator=own).tolist()
 
 
 def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """Returns the indices of a step's examples: epochs of n, each shuffled anew, end to end.
+    """Returns the indices of a step's examples: epochs of n, reshuffled, one after another.
 
-    They depend on these four numbers alone, so a resumed run needs no reader's position.
+    They depend on these four numbers alone, so a resumed run needs no state of a data loader.
     """
     return [epoch_order(i // n, n, seed)[i % n]
             for i in range(step * batch_size, (step + 1) * batch_size)]
 
 
 def prepare(args: Namespace, run: Run):
-    """Loads, adapts and checks all that a run needs, then begins or resumes it in its folder.
+    """Loads and checks all that a run needs, then begins or resumes the run's folder.
 
-    Returns the model, the task, the settled flags, and what result.json should say of them.
+    Returns the model, the task, the settled flags, and the counts for result.json.
     """
     dtype = weights_dtype(args.dtype, args.method)
     model, tokenizer, max_length = open_model(args.model, args.device, args.max_length, dtype)
     began_with = {"base": fingerprint(model.state_dict(), dtype), "processes": process_count()}
     torch.manual_seed(args.seed)
-    adapt(model, args)                          # first what may be refused, then what takes minutes
+    adapt(model, args)                          # early: a refusal comes before the slow work
     began_with["adapters"] = [model.injected, fingerprint(state(model), torch.float32)]
-    if not is_main():                           # the adapters are the same, their dropout is not
+    if not is_main():                           # the same adapters, another dropout
         torch.manual_seed(args.seed + process_number() * 2 ** 32)
     model.checkpointing = args.grad_checkpointing
     setup = Setup(tokenizer, model.config, max_length, args.eval_batch_size, args.loss_on,
@@ -161,14 +164,14 @@ def prepare(args: Namespace, run: Run):
         check_same(run.folder, **began_with)
     else:
         run.note(args=vars(args), versions=versions(), **began_with)
-    facts = {**count(model), "cut": cut, "base": began_with["base"]}
+    counts = {**count(model), "cut": cut, "base": began_with["base"]}
     if is_main():
-        print_header(args, run, model, task, plan, facts)
-    return model, task, args, facts
+        print_header(args, run, model, task, plan, counts)
+    return model, task, args, counts
 
 
 def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] | None:
-    """Scores the pretrained model, once for a run: a resumed one reads the scores again."""
+    """Scores the pretrained model; a resumed run reads the scores from its config.json."""
     if args.resume and "before" in (config := read_config(run.folder)):
         return config["before"]
     if args.skip_before:
@@ -182,7 +185,7 @@ def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] |
     return before
 
 
-def report(model, task: Task, args: Flags, run: Run, before, facts: dict, began: float) -> None:
+def report(model, task: Task, args: Flags, run: Run, before, counts: dict, began: float) -> None:
     """Scores the trained model, writes the adapters and result.json, and prints the scores."""
     after = task.score(model, sample(task.test, args.max_eval))
     valid = validate(model, task, args)
@@ -194,7 +197,7 @@ def report(model, task: Task, args: Flags, run: Run, before, facts: dict, began:
     save(model, run.folder / "adapter.safetensors")
     seconds = time.time() - began
     run.write("result.json", {
-        "method": args.method, "task": args.task, **facts,
+        "method": args.method, "task": args.task, **counts,
         "before": before, "after": after.values, "counts": after.counts,
         "valid": valid, "seconds": round(seconds, 1),
         "peak_memory_mb": peak_memory_mb(args.device), "loss_on": args.loss_on, "seed": args.seed,
@@ -210,8 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--out {args.out}: must not be empty or begin with -")
     if args.resume and (args.out is None or args.overwrite):
         raise UserError("--resume needs --out FOLDER, the run to go on with, and no --overwrite")
-    asked = args.method is not None or args.from_peft is not None
-    if args.resume and (not asked or visible(args.out)):
+    whole_run = args.method is not None or args.from_peft is not None      # not only "go on"
+    if args.resume and (not whole_run or visible(args.out)):
         args = resumed(args)
     else:
         check(args)
@@ -219,13 +222,13 @@ def main(argv: list[str] | None = None) -> None:
         args.command = shlex.join(["python", script(argv),
                                    *(sys.argv[1:] if argv is None else argv)])
     join_processes(args.device)
-    gathered(None)              # all have seen that --out is free, before the first makes it
+    gathered(None)              # every process has checked --out before process 0 makes it
     run = Run()
     try:
-        model, task, args, facts = prepare(args, run)
+        model, task, args, counts = prepare(args, run)
         before = score_before(model, task, args, run)
         fit(model, task, args, run)
-        report(model, task, args, run, before, facts, began)
+        report(model, task, args, run, before, counts, began)
     except (KeyboardInterrupt, NotFinite) as stop:
         if is_main():
             print(last_words(stop, run, script(argv)), file=sys.stderr)
