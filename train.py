@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in support/run.py.
 
-fit() is the training. prepare() makes what it trains, report() writes what came of it.
+fit() is the training. prepare() makes model and task before it, finish() writes the results.
 """
 import shlex
 import sys
@@ -24,7 +24,7 @@ from data.task import Setup, Task, sample
 from formats.checkpoint import open_model
 from methods import contract, count, param_groups, save, state
 from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
-from support.flags import adapt, check, parse, resolve
+from support.flags import adapt, check_flags, parse_flags, resolve
 from support.machine import peak_memory_mb, versions
 from support.messages import explained, last_words, print_header, print_result, script
 from support.processes import (gathered, is_main, join_processes, own_parts, process_count,
@@ -34,7 +34,7 @@ from support.run import (Flags, Run, check_same, fingerprint, read_config, resum
 
 
 def fit(model, task: Task, args: Flags, run: Run) -> None:
-    """Trains: batch, loss, backward, extra loss, clip, step, on_step, zero_grad, log."""
+    """Trains the model: batch, loss, backward, extra loss, clip, step, on_step, zero_grad, log."""
     method, layers = contract(model)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.weight_decay,
@@ -77,10 +77,10 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
 
 
 def keep(done: int, line: dict, model, optimizer, task, args: Flags, run: Run, stopping) -> None:
-    """Logs a step; where it is due after `done` steps, validates and saves.
+    """Logs a step, and validates and saves if that is due after `done` steps.
 
-    Raises KeyboardInterrupt if the run was asked to stop, and NotFinite before a bad weight is
-    saved.
+    Raises KeyboardInterrupt if the run was asked to stop. Raises NotFinite if a weight is NaN or
+    infinite, before it is saved.
     """
     last = done == args.steps
     validates = done % args.eval_every == 0 and not last
@@ -107,13 +107,13 @@ def validate(model, task: Task, args: Flags) -> dict[str, float]:
 
 
 def largest_values(model) -> dict[str, float]:
-    """Returns the largest absolute value of each tensor that trains; NaN where it holds one."""
+    """Returns the largest absolute value of each tensor that trains; NaN if it holds a NaN."""
     return {name: tensor.abs().max().item() for name, tensor in state(model).items()
             if tensor.is_floating_point()}
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Returns the share of the peak learning rate: a line up to 1, then a line down to 0."""
+    """Returns the learning rate over its peak: a line up to 1, then a line down to 0."""
     if step < warmup:
         return (step + 1) / warmup
     return (steps - step) / (steps - warmup)
@@ -121,13 +121,14 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 @lru_cache(maxsize=2)
 def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
+    """Returns the numbers 0 .. n - 1 in the order of an epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
 
 
 def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """Returns the indices of a step's examples: epochs of n, each shuffled anew, end to end.
+    """Returns the indices of a step's examples; epochs follow one another, each shuffled anew.
 
-    They depend on these four numbers alone, so a resumed run needs no reader's position.
+    They depend on these four numbers alone, so a resumed run needs no stored position.
     """
     return [epoch_order(i // n, n, seed)[i % n]
             for i in range(step * batch_size, (step + 1) * batch_size)]
@@ -136,7 +137,7 @@ def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
 def prepare(args: Namespace, run: Run):
     """Loads, adapts and checks all that a run needs, then begins or resumes it in its folder.
 
-    Returns the model, the task, the settled flags, and what result.json should say of them.
+    Returns the model, the task, the flags with all filled in, and entries for result.json.
     """
     dtype = weights_dtype(args.dtype, args.method)
     model, tokenizer, max_length = open_model(args.model, args.device, args.max_length, dtype)
@@ -167,7 +168,7 @@ def prepare(args: Namespace, run: Run):
 
 
 def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] | None:
-    """Scores the pretrained model, once for a run: a resumed one reads the scores again."""
+    """Scores the pretrained model; a resumed run reads the scores that it stored."""
     if args.resume and "before" in (config := read_config(run.folder)):
         return config["before"]
     if args.skip_before:
@@ -181,7 +182,7 @@ def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] |
     return before
 
 
-def report(model, task: Task, args: Flags, run: Run, before, facts: dict, began: float) -> None:
+def finish(model, task: Task, args: Flags, run: Run, before, facts: dict, began: float) -> None:
     """Scores the trained model, writes the adapters and result.json, and prints the scores."""
     after = task.score(model, sample(task.test, args.max_eval))
     valid = validate(model, task, args)
@@ -204,7 +205,7 @@ def report(model, task: Task, args: Flags, run: Run, before, facts: dict, began:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    began, args = time.time(), parse(argv, __doc__)
+    began, args = time.time(), parse_flags(argv, __doc__)
     if args.out is not None and (not args.out or args.out.startswith("-")):
         raise UserError(f"--out {args.out}: must not be empty or begin with -")
     if args.resume and (args.out is None or args.overwrite):
@@ -213,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and (not asked or visible(args.out)):
         args = resumed(args)
     else:
-        check(args)
+        check_flags(args)
         args.resume = False
         args.command = shlex.join(["python", script(argv),
                                    *(sys.argv[1:] if argv is None else argv)])
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         model, task, args, facts = prepare(args, run)
         before = score_before(model, task, args, run)
         fit(model, task, args, run)
-        report(model, task, args, run, before, facts, began)
+        finish(model, task, args, run, before, facts, began)
     except (KeyboardInterrupt, NotFinite) as stop:
         if is_main():
             print(last_words(stop, run, script(argv)), file=sys.stderr)
