@@ -1,11 +1,11 @@
-"""Takes a run's adapters to other programs, and PEFT's adapters to a plain model.
+"""Writes a run's adapters for other programs, and merges adapters of PEFT into their model.
 
     python convert.py --run runs/NAME --to DIR          a run's model, merged, for transformers
     python convert.py --run runs/NAME --peft DIR        its adapters, for PEFT
     python convert.py --from-peft DIR --model PATH --to DIR2        PEFT's adapters, merged
-Training on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
+To train on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
 
-In code: load_pretrained, save_pretrained, export_peft and import_peft, which stand in formats/.
+In code, use load_pretrained, save_pretrained, export_peft and import_peft from formats/.
 """
 import shutil
 from pathlib import Path
@@ -23,12 +23,13 @@ from support.run import check_base, load_adapters, read_flags, weights_dtype
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--run", help="folder that train.py wrote")
-    parser.add_argument("--from-peft", metavar="DIR", help="instead: adapters that PEFT wrote")
-    parser.add_argument("--model", help="the pretrained model of --from-peft")
-    parser.add_argument("--to", metavar="DIR", help="write the merged model")
-    parser.add_argument("--peft", metavar="DIR", help="write the adapters")
-    parser.add_argument("--rank", type=int, help="with --peft: of the LoRA that is to stand for a "
-                                                 "Dual LoRA")
+    parser.add_argument("--from-peft", metavar="DIR", help="instead of --run: adapters that PEFT "
+                                                           "wrote")
+    parser.add_argument("--model", help="with --from-peft: the pretrained model")
+    parser.add_argument("--to", metavar="DIR", help="write the merged model here")
+    parser.add_argument("--peft", metavar="DIR", help="write the adapters here, for PEFT")
+    parser.add_argument("--rank", type=int, help="with --peft: rank of the LoRA that is to stand "
+                                                 "for a Dual LoRA")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.from_peft is None):
         raise UserError("give one of --run FOLDER and --from-peft DIR")

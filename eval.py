@@ -2,11 +2,11 @@
 
     python eval.py --run runs/facts-dual-r8-s0             repeats the score that the run stored
     python eval.py --run runs/facts-dual-r8-s0 --prompt "Tilda Pelfield lives in"
-    python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     and every answer
+    python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     writes every answer too
     python eval.py --model data/base --task facts          a pretrained model as it is
-    torchrun --nproc-per-node 2 eval.py --model data/base --task mini      each scores half of it
-Beside every share stands its 95 % confidence interval (Wilson's), from the number of items alone.
-It does not know that another seed would have trained another model.
+    torchrun --nproc-per-node 2 eval.py --model data/base --task mini      two processes share it
+Every share has a 95 % confidence interval beside it (Wilson's). It comes from the number of items
+alone, and does not count how much runs of different seeds differ.
 """
 import json
 import math
@@ -24,7 +24,10 @@ from support.run import PRECISIONS, check_base, check_same, load_adapters, read_
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Returns Wilson's 95 % confidence interval of a share of n independent items."""
+    """Returns Wilson's 95 % confidence interval of a share of n independent items.
+
+        (share + z^2/2n -+ z sqrt(share (1 - share)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
+    """
     z = 1.96
     middle = share + z * z / (2 * n)
     reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -32,10 +35,10 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def print_scores(scores: Scores) -> None:
-    """Prints a line a metric, with its interval.
+    """Prints each metric with its interval.
 
-    Metrics called row/column become one table, as in the papers. Below each row stands how far the
-    intervals reach from their values, on their longer side.
+    Metrics called row/column become one table, as in the papers. The line below a row has the
+    longer of the two distances from each value to the ends of its interval.
     """
     bounds = {name: wilson_interval(scores.values[name], n) for name, n in scores.counts.items()}
     rows = {name.split("/")[0]: {} for name in scores.values if "/" in name}
@@ -59,8 +62,11 @@ def print_scores(scores: Scores) -> None:
                 f"{'+-':>5}{width:6.4f}" if width else " " * 11 for width in reach))
 
 
-def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """Returns what greedy decoding writes after the prompt."""
+def write_answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """Returns the text that greedy decoding writes after the prompt.
+
+    Raises UserError if the prompt fills all positions of the model.
+    """
     ids = first_tokens(tokenizer) + tokenizer.encode(prompt)
     room = model.config.max_positions - len(ids)
     if room < 1:
@@ -68,27 +74,30 @@ def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     return tokenizer.decode(generate(model, [ids], min(max_new_tokens, room))[0])
 
 
-def parse(argv: list[str] | None) -> Namespace:
+def parse_evaluation(argv: list[str] | None) -> Namespace:
+    """Reads and checks the flags; raises UserError if one is wrong or two do not go together."""
     parser = Parser(__doc__)
     what = parser.add_argument_group("what to look at")
     what.add_argument("--run", help="folder that train.py wrote")
-    what.add_argument("--model", help="instead: HF-layout folder, or owner/name on the hub")
+    what.add_argument("--model", help="instead of --run: folder in Hugging Face's layout, or "
+                                      "owner/name on the hub")
     what.add_argument("--task", help=f"with --model: {', '.join(TASKS)}")
     for name, options in OPTIONS.items():
         what.add_argument(flag(name), **options)
     what.add_argument("--max-length", type=int,
-                      help=f"with --model: tokens of an example ({MAX_LENGTH})")
+                      help=f"with --model: most tokens of an example ({MAX_LENGTH})")
     what.add_argument("--dtype", choices=PRECISIONS, default="fp32",
-                      help="with --model: of its weights (fp32)")
+                      help="with --model: precision of its weights (fp32)")
     parser.set_defaults(method=None, seed=0)
     how = parser.add_argument_group("how")
     how.add_argument("--max-eval", type=int, help="score at most this many examples")
     how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
-                     help=f"changes the speed only ({BATCH_SIZE})")
+                     help=f"examples scored at once; changes speed and memory only ({BATCH_SIZE})")
     how.add_argument("--predictions", metavar="FILE", type=new_file,
-                     help="write what each item got, as JSON lines")
+                     help="write each item with its answer and score, as JSON lines")
     how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
-    how.add_argument("--max-new-tokens", type=int, default=48, help="of that answer (48)")
+    how.add_argument("--max-new-tokens", type=int, default=48,
+                     help="with --prompt: most tokens of the answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
     args = parser.parse_args(argv)
     if (args.run is None) == (args.model is None):
@@ -111,7 +120,7 @@ def parse(argv: list[str] | None) -> Namespace:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = parse_evaluation(argv)
     join_processes(args.device)
     run = args if args.run is None else read_flags(args.run)
     dtype = weights_dtype(run.dtype, run.method)
@@ -119,11 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         check_base(args.run, model, dtype)
     if args.prompt is not None:
-        before = answer(model, tokenizer, args.prompt, args.max_new_tokens)
+        before = write_answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)
         if args.run:
             load_adapters(args.run, model)
-            print(f"after: {answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
+            print(f"after: {write_answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
     options = options_in(run)
     if args.beams is not None:

@@ -1,7 +1,7 @@
-"""From a name to a model: the table of methods, and what is done with their layers in a model.
+"""Lists the methods, and puts their layers into a model, merges, saves and loads them.
 
     inject(model, "dual", ["q", "v"], rank=8)         any nn.Module with nn.Linear in it
-    torch.optim.AdamW(param_groups(model, lr=1e-3))   ... train, with the hooks: fit() in train.py
+    torch.optim.AdamW(param_groups(model, lr=1e-3))   then train as fit() in train.py does
     save(model, "adapter.safetensors")
     merge(load(pretrained, "adapter.safetensors"))    plain nn.Linear again
 
@@ -28,19 +28,21 @@ from support.files import atomic_write
 
 @dataclass(frozen=True)
 class Method:
+    """Holds a method's layer class and its default learning rates."""
     layer: type[AdapterLinear] | None   # None: no adapters, every weight of the model trains
-    lr: float                           # default learning rate on the models that ship
-    large_lr: float | None = None       # and on other models; None: the same
-    large_lr_from: str = "ours"         # who recommends that one
-    lr_ratio: float = 1.0               # layer.lr_ratio_parameters get this many times it
+    lr: float                           # default learning rate on data/base
+    large_lr: float | None = None       # default on other models; None: the same
+    large_lr_from: str = "ours"         # who recommends large_lr
+    lr_ratio: float = 1.0               # multiplies the rate of layer.lr_ratio_parameters
 
     @property
     def options(self) -> dict[str, tuple]:
-        """The method's own hyperparameters: name -> (default, help, ...)."""
+        """Returns the method's own hyperparameters: name -> (default, help, ...)."""
         return self.layer.options if self.layer else {}
 
     @property
     def defaults(self) -> dict:
+        """Returns the default of each option."""
         return {name: default for name, (default, *_) in self.options.items()}
 
 
@@ -57,7 +59,7 @@ LISTED = dict(METHODS)
 
 
 def is_listed(method: str) -> bool:
-    """The method stands in this file, and was not added to METHODS by a file of one's own."""
+    """Says whether this file lists the method; a user's own file may add others to METHODS."""
     return METHODS[method] is LISTED.get(method)
 
 
@@ -67,11 +69,11 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
 
     A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
-    to_out. A module at two paths stays one. rank and alpha: a number, or {path: number} with every
-    adapted layer. The modules that `whole` names train as they are, beside the adapters. `own`:
-    the method's options. For `full` every weight trains, and the arguments after it do not matter.
-    Raises UserError if the method or an option is unknown, a name matches nothing, a module is
-    both adapted and whole, or the model has been injected.
+    to_out. A module at two paths gets one adapter. rank and alpha are numbers, or {path: number}
+    with every adapted layer. Modules that `whole` names train as they are, beside the adapters.
+    `own` holds the method's options. For `full` every weight trains, and the other arguments mean
+    nothing. Raises UserError if the method or an option is unknown, a name matches nothing, a
+    module is both adapted and whole, or the model is injected already.
     """
     _refuse_injected(model)
     if method not in METHODS:
@@ -87,7 +89,7 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
         trained = _find_whole(model, whole, set(found.values()))
         ranks, alphas = (_of_each(value, found.values(), name)
                          for name, value in (("rank", rank), ("alpha", alpha)))
-        for name in ("r1", "r2"):           # parts of a rank
+        for name in ("r1", "r2"):           # the parts of Dual LoRA's rank
             if isinstance(rank, dict) and own.get(name) is not None:
                 raise UserError(f"rank is given by layer: leave {name} out, it follows the rank")
         for base, path in found.items():
@@ -99,16 +101,17 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
         config |= dict(targets=targets, rank=rank, dropout=dropout)
         config |= dict(alpha=alpha) if layer.uses_alpha else {}
         config |= dict(whole=whole) if whole else {}
-        first = next(iter(new.values()))     # knows what a None among its options came to
+        first = next(iter(new.values()))     # a layer fills in the options that are None
         config |= own if isinstance(rank, dict) else {name: getattr(first, name) for name in own}
     model.requires_grad_(layer is None)
     for module in trained:
         module.requires_grad_(True)
-    model.injected = config   # a plain attribute, which a copy or a pickle of the model keeps
+    model.injected = config   # a plain attribute, so a copy or a pickle of the model keeps it
     return _replace(model, new)
 
 
 def _refuse_injected(model):
+    """Raises UserError if the model has adapters, or had them before a merge."""
     if any("injected" in module.__dict__ or "kept_adapter" in module.__dict__
            or isinstance(module, AdapterLinear) for module in model.modules()):
         raise UserError("this model has been injected already: start from the pretrained one")
@@ -119,12 +122,12 @@ def _names(names: Iterable[str]) -> list[str]:
 
 
 def ends_in(path: str, names: Iterable[str]) -> bool:
-    """Says whether one of the names is the path or the end of it, cut at a dot."""
+    """Says whether one of the names is the path, or its end after a dot."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _of_each(value, paths: Iterable[str], name: str) -> dict:
-    """Path -> the value, or its own one where `value` is a dict of all the paths."""
+    """Returns path -> number, from one number for all or a dict with every path."""
     if not isinstance(value, dict):
         return dict.fromkeys(paths, value)
     odd = sorted(value.keys() ^ set(paths))
@@ -135,7 +138,7 @@ def _of_each(value, paths: Iterable[str], name: str) -> dict:
 
 
 def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
-    """The nn.Linear modules that one of `targets` names -> their paths, the first of each."""
+    """Finds the nn.Linear modules that `targets` name; returns module -> its first path."""
     linear = {path: module for path, module in model.named_modules(remove_duplicate=False)
               if isinstance(module, nn.Linear)}
     missing = [name for name in targets if not any(ends_in(path, [name]) for path in linear)]
@@ -151,7 +154,7 @@ def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
 
 
 def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
-    """The modules that one of `names` names; none may hold an adapter."""
+    """Finds the modules that `names` name; raises UserError if one is or holds an adapted layer."""
     found = {path: module for path, module in model.named_modules()
              if path and ends_in(path, names)}
     for name in names:
@@ -164,7 +167,7 @@ def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
 
 
 def _replace(model, new):
-    """Puts new[module] wherever a module of `new` stands, the model itself included."""
+    """Puts new[module] in the place of each module in `new`; returns the model, or new[model]."""
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path and module in new:
             parent, _, name = path.rpartition(".")
@@ -173,22 +176,22 @@ def _replace(model, new):
 
 
 def adapters(model: nn.Module) -> dict[str, AdapterLinear]:
-    """Module path -> adapter layer, each layer once; empty for `full` and when merged."""
+    """Returns module path -> adapter layer, each layer once; empty for `full` or once merged."""
     return {path: m for path, m in model.named_modules() if isinstance(m, AdapterLinear)}
 
 
 def contract(model) -> tuple[type[AdapterLinear], list[AdapterLinear]]:
-    """The method's class and its layers; for `full` the contract itself, which does nothing."""
+    """Returns the method's class and its layers; for `full`, AdapterLinear and no layers."""
     layers = list(adapters(model).values())
     return (type(layers[0]) if layers else AdapterLinear), layers
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Makes every adapter layer a plain nn.Linear of its W', rounded once to the base's dtype.
+    """Makes every adapter layer a plain nn.Linear with W', rounded once to the base's dtype.
 
-    Raises UserError, which names the layer, if a W' is not finite, as where float16 overflows; the
-    model is as it was then.
+    Raises UserError, which names the layer, if a W' is not finite, as when float16 overflows. The
+    model then stays as it was.
     """
     new = {}
     for path, layer in adapters(model).items():
@@ -196,26 +199,27 @@ def merge(model: nn.Module) -> nn.Module:
         refuse_not_finite(W, f"{path}: the merged weight, as {W.dtype},")
         new[layer] = linear = nn.Linear(W.shape[1], W.shape[0], bias=False, device="meta")
         linear.weight, linear.bias = nn.Parameter(W, requires_grad=False), layer.base.bias
-        linear.__dict__["kept_adapter"] = layer   # past nn.Module: not a part of the state dict
+        linear.__dict__["kept_adapter"] = layer   # not as a submodule: stays out of the state dict
         linear.train(layer.training)
     return _replace(model, new)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
-    """Puts the adapter layers back as they were: subtracting dW would damage W0 by rounding."""
+    """Puts the adapter layers back, with W0 as it was; to subtract dW from W' would round it."""
     kept = {linear: linear.kept_adapter for linear in model.modules()
             if "kept_adapter" in linear.__dict__}
-    for linear, layer in kept.items():   # what model.to() and model.eval() did not reach
+    for linear, layer in kept.items():   # model.to() and model.eval() did not reach them
         layer.to(linear.weight.device).train(linear.training)
     return _replace(model, kept)
 
 
 def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
                  lr_ratio: float = 1.0) -> list[dict]:
-    """Optimizer groups: each trainable parameter in one, at lr times its layer's factor for it.
+    """Returns groups for an optimizer, with each trainable parameter in one of them.
 
-    A layer's lr_ratio_parameters learn at lr_ratio times that; `whole` modules at lr itself.
-    Raises UserError if lr_ratio is not 1 and no layer has such parameters.
+    A parameter of a layer learns at lr times layer.lr_factor(name). lr_ratio multiplies the rate
+    of layer.lr_ratio_parameters. `whole` modules learn at lr. Raises UserError if lr_ratio is not
+    1 and no layer has such parameters.
     """
     layers = adapters(model).values()
     if lr_ratio != 1 and not any(layer.lr_ratio_parameters for layer in layers):
@@ -234,14 +238,14 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
 
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Path -> module that trains as it is, beside the adapters."""
+    """Returns path -> module, for the modules that train as they are beside the adapters."""
     names = model.injected.get("whole", ())
     return {path: module for path, module in model.named_modules()
             if path and ends_in(path, names)}
 
 
 def count(model: nn.Module) -> dict[str, int]:
-    """The numbers of parameters: trainable, those of them in `whole` modules, and total."""
+    """Counts parameters: trainable, those of them in `whole` modules, and total."""
     parts = {"trainable": [p for p in model.parameters() if p.requires_grad],
              "whole": {p for module in whole_modules(model).values() for p in module.parameters()},
              "total": model.parameters()}
@@ -249,9 +253,10 @@ def count(model: nn.Module) -> dict[str, int]:
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """All that training changes, by path: parameters and buffers of the adapter layers without
-    their base, and of `whole` modules; for `full` every weight. The tensors are the model's own:
-    copy into them. Raises UserError if the model is merged.
+    """Returns all that training changes: path -> tensor, which is the model's, not a copy.
+
+    These are the parameters and buffers of `whole` modules, and of the adapter layers without
+    their base; for `full`, every weight. Raises UserError if the model is merged.
     """
     if any("kept_adapter" in module.__dict__ for module in model.modules()):
         raise UserError("the model is merged: unmerge it first")
@@ -259,14 +264,17 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
         return {f"{path}.{name}": tensor
                 for path, module in (adapters(model) | whole_modules(model)).items()
                 for name, tensor in module.state_dict().items() if not name.startswith("base.")}
-    once = {}   # a tied weight has two names, and is stored under the first
+    once = {}   # a tied weight has two names: only the first is stored
     for name, tensor in model.state_dict(keep_vars=True).items():
         once.setdefault(id(tensor), (name, tensor.detach()))
     return dict(once.values())
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Writes the adapters (full: every weight) as safetensors; equal runs give equal bytes."""
+    """Writes the adapters (full: every weight) as safetensors; equal runs give equal bytes.
+
+    Raises UserError if the model is not injected or is merged, or if a tensor is not finite.
+    """
     if "injected" not in model.__dict__:
         raise UserError(f"{path}: nothing to save: inject the model first")
     tensors = {name: tensor.contiguous() for name, tensor in state(model).items()}
@@ -277,9 +285,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Injects a pretrained model as the file says, and fills it in.
+    """Injects a pretrained model as the file says, and loads the adapters from it.
 
-    Raises UserError unless all fits; the model is as it was then.
+    Raises UserError if the file is damaged or does not fit the model, which then stays as it was.
     """
     _refuse_injected(model)
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -288,16 +296,16 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             if "adapter" not in (file.metadata() or {}):
                 raise UserError("its metadata has no key `adapter`: not written by this program")
             inject(model, **json.loads(file.metadata()["adapter"]))
-            own = state(model)
-            expected = {name: list(tensor.shape) for name, tensor in own.items()}
+            tensors = state(model)
+            expected = {name: list(tensor.shape) for name, tensor in tensors.items()}
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}
             for name in sorted(expected.keys() | found.keys()):
                 if expected.get(name) != found.get(name):
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
-            for name, tensor in own.items():        # all are looked at before one is changed
+            for name, tensor in tensors.items():    # all are checked before one is changed
                 refuse_not_finite(file.get_tensor(name).to(tensor.dtype), name)
-            for name, tensor in own.items():
+            for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})

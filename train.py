@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in support/run.py.
 
-In the code, fit() is the training, prepare() makes what it needs, report() writes the result.
+In the code, fit() is the training, prepare() makes what it needs, finish() writes the result.
 """
 import shlex
 import sys
@@ -24,7 +24,7 @@ from data.task import Setup, Task, sample
 from formats.checkpoint import open_model
 from methods import contract, count, param_groups, save, state
 from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
-from support.flags import adapt, check, parse, resolve
+from support.flags import adapt, check_flags, parse_flags, resolve
 from support.machine import peak_memory_mb, versions
 from support.messages import explained, last_words, print_header, print_result, script
 from support.processes import (gathered, is_main, join_processes, own_parts, process_count,
@@ -185,7 +185,7 @@ def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] |
     return before
 
 
-def report(model, task: Task, args: Flags, run: Run, before, counts: dict, began: float) -> None:
+def finish(model, task: Task, args: Flags, run: Run, before, counts: dict, began: float) -> None:
     """Scores the trained model, writes the adapters and result.json, and prints the scores."""
     after = task.score(model, sample(task.test, args.max_eval))
     valid = validate(model, task, args)
@@ -208,7 +208,7 @@ def report(model, task: Task, args: Flags, run: Run, before, counts: dict, began
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    began, args = time.time(), parse(argv, __doc__)
+    began, args = time.time(), parse_flags(argv, __doc__)
     if args.out is not None and (not args.out or args.out.startswith("-")):
         raise UserError(f"--out {args.out}: must not be empty or begin with -")
     if args.resume and (args.out is None or args.overwrite):
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume and (not whole_run or visible(args.out)):
         args = resumed(args)
     else:
-        check(args)
+        check_flags(args)
         args.resume = False
         args.command = shlex.join(["python", script(argv),
                                    *(sys.argv[1:] if argv is None else argv)])
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         model, task, args, counts = prepare(args, run)
         before = score_before(model, task, args, run)
         fit(model, task, args, run)
-        report(model, task, args, run, before, counts, began)
+        finish(model, task, args, run, before, counts, began)
     except (KeyboardInterrupt, NotFinite) as stop:
         if is_main():
             print(last_words(stop, run, script(argv)), file=sys.stderr)

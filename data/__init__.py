@@ -1,4 +1,4 @@
-"""The tasks by name.
+"""Lists the tasks by name, and builds them.
 
 A loader takes a data.task.Setup, and those flags of OPTIONS that it has arguments for. A flag whose
 argument has no default must be given. The loader returns a data.task.Task.
@@ -23,20 +23,21 @@ TASKS = {
     "jsonl": text.load_jsonl,
 }
 OPTIONS = {             # flag -> how argparse is to read it
-    "data": dict(metavar="FILE", help="tasks text and jsonl: the file"),
-    "data_dir": dict(metavar="DIR", help="tasks commonsense, e2e, glue/...: the folder"),
-    "prompt_template": dict(metavar="FILE", help="tasks commonsense and mini: a text that holds "
-                                                 "{instruction} (data/prompt.txt)"),
-    "rewrite_seed": dict(type=int, help="task facts: draws the facts that get new values, and the "
+    "data": dict(metavar="FILE", help="tasks text and jsonl: the file of examples"),
+    "data_dir": dict(metavar="DIR", help="tasks commonsense, e2e, glue/...: the folder of files"),
+    "prompt_template": dict(metavar="FILE", help="tasks commonsense and mini: a text file with "
+                                                 "{instruction} in it (data/prompt.txt)"),
+    "rewrite_seed": dict(type=int, help="task facts: draws the facts to rewrite and their new "
                                         "values (--seed)"),
     "beams": dict(type=int, help="tasks that write text: beams of the search (1, greedy)"),
 }
 
 
 def options_of(name: str) -> dict:
-    """Returns the options that a task uses, with their defaults (none: Parameter.empty).
+    """Returns the options that a task uses, with their defaults.
 
-    Raises UserError if the name is unknown.
+    An option that must be given has the default Parameter.empty. Raises UserError if the task is
+    unknown.
     """
     if name not in TASKS:
         raise UserError(f"--task {name}: unknown{nearest(name, TASKS)}")
@@ -47,7 +48,7 @@ def options_of(name: str) -> dict:
 def options_in(flags: Namespace) -> dict:
     """Picks a task's options from a run's flags.
 
-    Without a rewrite_seed the run's own seed draws the facts, so that seeds vary the data too.
+    Without --rewrite-seed the run's seed draws the facts, so that another seed has other data too.
     """
     options = {name: getattr(flags, name) for name in OPTIONS}
     if options["rewrite_seed"] is None and "rewrite_seed" in options_of(flags.task):
@@ -56,9 +57,9 @@ def options_in(flags: Namespace) -> dict:
 
 
 def checked_options(name: str, options: dict) -> dict:
-    """Returns those of `options` that are given: None is as good as not given.
+    """Returns the options that are given, which are those that are not None.
 
-    Raises UserError if the task is unknown, or does not use an option or misses one.
+    Raises UserError if the task is unknown, does not use an option, or lacks one that it needs.
     """
     given = {option: value for option, value in options.items() if value is not None}
     accepted = options_of(name)
@@ -76,7 +77,7 @@ def checked_options(name: str, options: dict) -> dict:
 
 
 def load_task(name: str, setup: Setup, **options) -> Task:
-    """Builds a task; `options` are of OPTIONS.
+    """Builds a task; the names of `options` are those of OPTIONS.
 
     Raises UserError as checked_options() does, or if a file is missing or malformed.
     """

@@ -36,7 +36,7 @@ from typing import NamedTuple
 
 from data.pretraining_text import describe_subject, list_attributes
 from data.reading import numbered_lines, read_text
-from data.scoring import write
+from data.scoring import write_texts
 from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt
 from data.text_metrics import text_scores
 from data.wordings import RELATIONS
@@ -73,7 +73,7 @@ class E2E(TextTask):
         No 4-gram is written twice; those of the prompt are free, since nearly every reference
         holds one (a name of several tokens).
         """
-        texts = write(model, self.setup, examples, self.new_tokens, beams=self.beams,
+        texts = write_texts(model, self.setup, examples, self.new_tokens, beams=self.beams,
                       length_penalty=LENGTH_PENALTY, no_repeat_ngram=4, copy_prompt=True)
         outputs = [(text.strip() or " ").splitlines()[0].strip() for text in texts]
         values = text_scores(outputs, [e.references for e in examples])

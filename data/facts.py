@@ -1,15 +1,15 @@
-"""Task `facts`: fine-tuning rewrites facts of the built-in world that the base model knows.
+"""Makes task `facts`, in which fine-tuning rewrites facts that the base model knows.
 
-World A becomes world B: half of the 3,200 facts on people get new values. Of the 1,600 facts that
-stay, half are trained along with the new ones, as one mixes old data into new; the other half is
-never trained and tells what fine-tuning destroys. Training shows one wording of each fact. A model
-is scored, greedily and exactly, on
+Half of the 3,200 facts on people of the built-in world get new values. The other 1,600 facts stay.
+Half of these are trained along with the new ones, as one mixes old data into new. The rest is never
+trained, and shows what fine-tuning destroys. Training shows one wording of each fact. A model is
+scored by the share of values that greedy decoding writes exactly, on
     new          rewritten facts in the trained wording
     paraphrase   the same facts in a wording that training never showed
-    kept         the untrained facts that were not rewritten, of the relations that were (friends,
-                 which World.rewrite never changes, would be easier to keep)
-Rank limits how many facts an update can rewrite, so methods differ within a minute. Every fifth
-item of each score is for validation, the others for the test.
+    kept         facts that stay and are never trained; without friends, which World.rewrite never
+                 changes, and which would be easier to keep
+The rank limits how many facts an update can rewrite, so methods differ after a minute. Every fifth
+item of each score is for validation, the others are for the test.
 """
 from data.scoring import recall
 from data.task import Example, Scores, Setup, TextTask
@@ -19,6 +19,7 @@ FACTS = 1600
 
 
 class Facts(TextTask):
+    """Scores facts by exact recall."""
     meaning = {"new": "rewritten facts it writes",
                "paraphrase": "the same, asked in words that training never showed",
                "kept": "old facts it still knows"}
@@ -28,7 +29,7 @@ class Facts(TextTask):
 
 
 def load(setup: Setup, rewrite_seed: int | None = None) -> Facts:
-    """Builds the task. rewrite_seed (None: 0) draws the facts that change, and their new values."""
+    """Builds the task; rewrite_seed (None: 0) draws the facts that change and their new values."""
     _, new, same = World().rewrite(FACTS, seed=rewrite_seed or 0)
     touched = {fact.relation for fact in new}
     rehearsed, kept = same[::2], [fact for fact in same[1::2] if fact.relation in touched]

@@ -1,12 +1,12 @@
-"""Tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461) as written answers.
+"""Makes tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461) in words.
 
-A template asks for the label in words; a model's answer is the choice it finds likeliest after the
-prompt: the sum of log p over the choice's tokens and eos. The sum is not divided by the number of
-tokens: training makes just this probability large, and a division would favour longer words. An
-untrained model may so prefer a choice of fewer tokens. --data-dir is one set's own folder, as GLUE
-ships it or as the raw corpus does: SETS, below. GLUE's test.tsv has no labels, so there the dev
-file is the test split, and a tenth of train, at most 1,000 rows, is held out for validation. (Rows
-of SST-2 share phrases and rows of QQP questions, so the validation scores of both are too high.)
+A template asks for the label in words. A model's answer is the likeliest choice after the prompt,
+by the sum of log p over the choice's tokens and eos. Training makes this sum large, so it is not
+divided by the number of tokens, which would favour long words. An untrained model may prefer a
+choice of fewer tokens. --data-dir is the folder of one set, as GLUE ships it or as the raw corpus
+does (SETS, below). GLUE's test.tsv has no labels, so the dev file is the test split. A tenth of
+train, at most 1,000 rows, is held out for validation. Rows of SST-2 share phrases and rows of QQP
+share questions, so the validation scores of both are too high.
 Published recipes, linear decay:
     LoRA, RoBERTa-base: rank 8 on q, v; 6 % warm-up; lr 4e-4 to 5e-4, batch 16 or 32; epochs MNLI
         30, SST-2 60, MRPC 30, CoLA 80, QNLI 25, QQP 25, RTE 80, STS-B 40  (2106.09685, table 9)
@@ -28,107 +28,113 @@ from data.task import Example, Scores, Setup, TextTask, encode_targets
 from support.errors import UserError, require
 
 
-# ---- metrics: of the numbers of the right choices and of those the model said, or of two scores
+# ---- metrics: gold are the right choices' numbers, said the model's; for STS-B both are scores
 def accuracy(gold: Sequence[int], said: Sequence[int]) -> float:
+    """Returns the share of items where both agree."""
     return sum(g == s for g, s in zip(gold, said)) / len(gold)
 
 
 def confusion(gold: Sequence[int], said: Sequence[int]) -> tuple[int, int, int, int]:
-    """-> true positives, false positives, false negatives, true negatives; 1 is positive."""
+    """Counts true positives, false positives, false negatives, true negatives; 1 is positive."""
     pairs = Counter(zip(gold, said))
     return pairs[1, 1], pairs[0, 1], pairs[1, 0], pairs[0, 0]
 
 
 def f1(gold: Sequence[int], said: Sequence[int]) -> float:
-    """2 tp / (2 tp + fp + fn), in [0, 1]; 0 where nothing is positive."""
+    """Returns F1, 2 tp / (2 tp + fp + fn), in [0, 1]; 0 without true positives."""
     tp, fp, fn, _ = confusion(gold, said)
     return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
 
 
 def matthews(gold: Sequence[int], said: Sequence[int]) -> float:
-    """(tp tn - fp fn) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn)), in [-1, 1]; 0 where the model
-    says, or the file holds, one label only."""
+    """Returns Matthews' correlation, in [-1, 1]; 0 if the model or the file has one label only.
+
+        (tp tn - fp fn) / sqrt((tp + fp)(tp + fn)(tn + fp)(tn + fn))
+    """
     tp, fp, fn, tn = confusion(gold, said)
     square = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return (tp * tn - fp * fn) / math.sqrt(square) if square else 0.0
 
 
 def pearson(gold: Sequence[float], said: Sequence[float]) -> float:
+    """Returns Pearson's correlation, in [-1, 1]."""
     return correlation("pearsonr", gold, said)
 
 
 def spearman(gold: Sequence[float], said: Sequence[float]) -> float:
-    """Pearson's correlation of the ranks; equal values share the mean of their ranks."""
+    """Returns Pearson's correlation of the ranks; equal values share the mean of their ranks."""
     return correlation("spearmanr", gold, said)
 
 
 def correlation(kind: str, gold: Sequence[float], said: Sequence[float]) -> float:
-    """In [-1, 1]. Where one side is constant it is undefined; a model that says the same of every
-    pair tells nothing about them, so it scores 0."""
-    from scipy import stats  # takes most of a second, and only this set needs it
+    """Returns a correlation of scipy.stats, in [-1, 1]."""
+    from scipy import stats  # here, since it takes most of a second and only STS-B needs it
     if min(gold) == max(gold) or min(said) == max(said):
-        return 0.0
+        return 0.0      # undefined: one score for all pairs tells nothing about them
     return float(getattr(stats, kind)(gold, said).statistic)
 
 
 # ---- the sets
 class Layout(NamedTuple):
-    """How a folder ships a set. `columns` are those of the texts, then that of the label: names in
-    the file's header, or places (from 0) in a file without one, whose rows have `widths` columns.
+    """Says in which files and columns a folder holds a set.
+
+    `columns` are those of the texts, then that of the label: names in the file's header, or numbers
+    from 0 if the file has no header. Then `widths` is not empty.
     """
     columns: tuple
     train: str = "train.tsv"
-    valid: str = ""                             # "": held out of train
+    valid: str = ""                             # "": some rows of train
     test: tuple[str, ...] = ("dev.tsv",)
-    widths: tuple[int, ...] = ()
+    widths: tuple[int, ...] = ()                # the numbers of columns that a row may have
 
     def files(self) -> list[str]:
         return [name for name in (self.train, self.valid, *self.test) if name]
 
 
-class Set(NamedTuple):
+class GlueSet(NamedTuple):
+    """Says how a set is asked, answered, scored and stored."""
     template: str
     words: dict[str, str]               # label in the file -> choice; the second is positive
     metrics: tuple[Callable, ...]
-    layouts: tuple[Layout, ...]
-    graded: bool = False                # labels are scores, the words those that are written out
+    layouts: tuple[Layout, ...]         # the first whose files are all there is read
+    graded: bool = False                # a label is any score in [0, 5], a choice a whole one
 
 
 NO_YES = {"0": " no", "1": " yes"}
 MRPC = ("#1 String", "#2 String", "Quality")
-# Six whole scores for STS-B, as they are a token each in most tokenizers. With finer ones an answer
-# is longer and scoring slower; rounding to these leaves gold at 0.98 of itself (both correlations),
-# and the expected value lies between them anyway.
+# STS-B has six whole scores as choices, since each is one token in most tokenizers. Finer scores
+# would make answers longer and scoring slower. Rounded gold scores correlate with the exact ones at
+# 0.98 (both correlations), and a model's expected score lies between the whole ones anyway.
 SETS = {
-    "glue/sst2": Set("Review: {}\nIs it negative or positive?",
-                     {"0": " negative", "1": " positive"}, (accuracy,),
-                     (Layout(("sentence", "label")),)),
-    "glue/cola": Set("Sentence: {}\nIs it acceptable English?", NO_YES, (matthews, accuracy),
-                     (Layout((3, 1), widths=(4,)),
-                      Layout((3, 1), "in_domain_train.tsv", "in_domain_dev.tsv",
-                             ("out_of_domain_dev.tsv",), widths=(4,)))),
-    "glue/mrpc": Set("First: {}\nSecond: {}\nDo both say the same?", NO_YES, (accuracy, f1),
-                     (Layout(MRPC),
-                      Layout(MRPC, "msr_paraphrase_train.txt",
-                             test=("msr_paraphrase_test.txt",)))),
-    "glue/qqp": Set("First: {}\nSecond: {}\nDo both ask the same?", NO_YES, (accuracy, f1),
-                    (Layout(("question1", "question2", "is_duplicate")),)),
-    "glue/rte": Set("Text: {}\nClaim: {}\nDoes the claim follow from the text?",
-                    {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
-                    (Layout(("sentence1", "sentence2", "label")),)),
-    "glue/qnli": Set("Query: {}\nText: {}\nDoes the text answer the query?",
-                     {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
-                     (Layout(("question", "sentence", "label")),)),
-    "glue/mnli": Set("Text: {}\nClaim: {}\nGiven the text, is the claim true?",
-                     {"contradiction": " no", "entailment": " yes", "neutral": " maybe"},
-                     (accuracy,),
-                     (Layout(("sentence1", "sentence2", "gold_label"),
-                             test=("dev_matched.tsv", "dev_mismatched.tsv")),)),
-    "glue/stsb": Set("First: {}\nSecond: {}\nHow close are they in meaning, from 0 to 5?",
-                     {str(i): f" {i}" for i in range(6)}, (pearson, spearman),
-                     (Layout(("sentence1", "sentence2", "score")),
-                      Layout((5, 6, 4), "sts-train.csv", "sts-dev.csv", ("sts-test.csv",),
-                             widths=(7, 9))), graded=True),
+    "glue/sst2": GlueSet("Review: {}\nIs it negative or positive?",
+                         {"0": " negative", "1": " positive"}, (accuracy,),
+                         (Layout(("sentence", "label")),)),
+    "glue/cola": GlueSet("Sentence: {}\nIs it acceptable English?", NO_YES, (matthews, accuracy),
+                         (Layout((3, 1), widths=(4,)),
+                          Layout((3, 1), "in_domain_train.tsv", "in_domain_dev.tsv",
+                                 ("out_of_domain_dev.tsv",), widths=(4,)))),
+    "glue/mrpc": GlueSet("First: {}\nSecond: {}\nDo both say the same?", NO_YES, (accuracy, f1),
+                         (Layout(MRPC),
+                          Layout(MRPC, "msr_paraphrase_train.txt",
+                                 test=("msr_paraphrase_test.txt",)))),
+    "glue/qqp": GlueSet("First: {}\nSecond: {}\nDo both ask the same?", NO_YES, (accuracy, f1),
+                        (Layout(("question1", "question2", "is_duplicate")),)),
+    "glue/rte": GlueSet("Text: {}\nClaim: {}\nDoes the claim follow from the text?",
+                        {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                        (Layout(("sentence1", "sentence2", "label")),)),
+    "glue/qnli": GlueSet("Query: {}\nText: {}\nDoes the text answer the query?",
+                         {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                         (Layout(("question", "sentence", "label")),)),
+    "glue/mnli": GlueSet("Text: {}\nClaim: {}\nGiven the text, is the claim true?",
+                         {"contradiction": " no", "entailment": " yes", "neutral": " maybe"},
+                         (accuracy,),
+                         (Layout(("sentence1", "sentence2", "gold_label"),
+                                 test=("dev_matched.tsv", "dev_mismatched.tsv")),)),
+    "glue/stsb": GlueSet("First: {}\nSecond: {}\nHow close are they in meaning, from 0 to 5?",
+                         {str(i): f" {i}" for i in range(6)}, (pearson, spearman),
+                         (Layout(("sentence1", "sentence2", "score")),
+                          Layout((5, 6, 4), "sts-train.csv", "sts-dev.csv", ("sts-test.csv",),
+                                 widths=(7, 9))), graded=True),
 }
 GROUPS = {"dev_matched.tsv": "matched", "dev_mismatched.tsv": "mismatched"}
 
@@ -136,24 +142,25 @@ GROUPS = {"dev_matched.tsv": "matched", "dev_mismatched.tsv": "mismatched"}
 # ---- the task
 @dataclass(frozen=True)
 class Graded(Example):
-    """An example with a score in [0, 5]; its target is the nearest written one, of two
-    equally near ones the lower."""
+    """Holds an example with a score in [0, 5]; its target is the nearest whole score."""
     score: float = 0.0
 
 
 def expected_score(losses: list[float], scores: list[float]) -> float:
-    """sum_i p_i score_i with p the softmax of -losses (nats): the mean of what would be written."""
+    """Returns the mean score of a model, sum_i p_i score_i, p = softmax(-losses), in nats."""
     p = torch.softmax(-torch.tensor(losses, dtype=torch.float64), 0)
     return (p @ torch.tensor(scores, dtype=torch.float64)).item()
 
 
 class Glue(TextTask):
+    """Scores a set of GLUE by the likeliest choice."""
+
     def scored(self, example: Example) -> list:
         return encode_targets(example, example.choices, self.setup.tokenizer,
                               self.setup.max_length)
 
     def score(self, model, examples: list[Example]) -> Scores:
-        """Scores by the set's official metrics, each of MNLI's two dev files on its own."""
+        """Returns the set's official metrics; for MNLI, those of each dev file."""
         losses = choice_losses(model, self.setup, examples)
         rows, pairs = [], defaultdict(list)
         for e, loss in zip(examples, losses):
@@ -176,22 +183,23 @@ class Glue(TextTask):
 
 
 # ---- reading
-def table(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
-    """-> of each row its line number and its fields in layout.columns.
+def read_columns(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
+    """Reads for each row its line number and its fields in layout.columns.
 
-    Lines are cut at tabs and nowhere else: quotes are part of the text, in all of these files. A
-    line in a thousand may have another number of columns; it is left out, and said so.
+    Lines are cut at tabs and nowhere else, since quotes are part of the text in all of these files.
+    Lines with a wrong number of columns are left out, with a message. Raises UserError if they are
+    more than one in a thousand, if a column is missing, or if there are no rows.
     """
     rows = [(number, [field.strip() for field in line.split("\t")])
             for number, line in numbered_lines(path)]
-    places, widths = layout.columns, layout.widths
+    columns, widths = layout.columns, layout.widths
     if not widths and rows:
         (number, header), *rows = rows
         for name in layout.columns:
             if name not in header:
                 raise UserError(f"{path}:{number}: no column {name!r} in the header, only "
                                 f"{', '.join(header)[:200]}")
-        places, widths = [header.index(name) for name in layout.columns], (len(header),)
+        columns, widths = [header.index(name) for name in layout.columns], (len(header),)
     if not rows:
         raise UserError(f"{path}: no examples")
     wrong = [(number, len(row)) for number, row in rows if len(row) not in widths]
@@ -203,20 +211,22 @@ def table(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
             raise UserError(said)
         print(f"left out: {said}", file=sys.stderr)     # GLUE's own QQP has such lines
         rows = [(number, row) for number, row in rows if len(row) in widths]
-    return [(number, [row[place] for place in places]) for number, row in rows]
+    return [(number, [row[column] for column in columns]) for number, row in rows]
 
 
-def read(path: Path, layout: Layout, spec: Set) -> list[Example]:
-    """UserError: a file that cannot be read or has no rows, a row without text or with a label
-    that is not the set's."""
+def read_examples(path: Path, layout: Layout, spec: GlueSet) -> list[Example]:
+    """Reads the examples of a file.
+
+    Raises UserError as read_columns() does, or if a row has no text, or no label of the set.
+    """
     examples, choices = [], tuple(spec.words.values())
-    for number, (*texts, label) in table(path, layout):
-        if not any(texts):          # of a pair, one may be empty
+    for number, (*texts, label) in read_columns(path, layout):
+        if not any(texts):          # one text of a pair may be empty
             raise UserError(f"{path}:{number}: no text")
         prompt, source = spec.template.format(*texts) + "\nAnswer:", f"{path}:{number}"
         if spec.graded:
             score = grade(label, source)
-            nearest = min(choices, key=lambda word: abs(float(word) - score))
+            nearest = min(choices, key=lambda word: abs(float(word) - score))   # or the lower
             examples.append(Graded(prompt, nearest, choices, source=source, score=score))
         elif label in spec.words:
             examples.append(Example(prompt, spec.words[label], choices,
@@ -228,6 +238,7 @@ def read(path: Path, layout: Layout, spec: Set) -> list[Example]:
 
 
 def grade(label: str, where: str) -> float:
+    """Reads a score; raises UserError if it is not a number from 0 to 5."""
     try:
         score = float(label)
     except ValueError:
@@ -238,9 +249,9 @@ def grade(label: str, where: str) -> float:
 
 
 def load(name: str, setup: Setup, data_dir: str) -> Glue:
-    """Reads a set's folder; name: one of SETS.
+    """Reads a set of SETS from its folder.
 
-    Raises UserError if the folder lacks the set's files, or a line of one is wrong.
+    Raises UserError if the folder lacks the set's files, or if a line of them is wrong.
     """
     spec, folder = SETS[name], Path(data_dir)
     if spec.graded:
@@ -254,12 +265,13 @@ def load(name: str, setup: Setup, data_dir: str) -> Glue:
         wanted = ", or ".join(" and ".join(layout.files()) for layout in spec.layouts)
         raise UserError(f"{data_dir}: {name} needs {wanted}; "
                         f"there is {' and '.join(there) + ' alone' if there else 'none of them'}")
-    train = read(folder / layout.train, layout, spec)
+    train = read_examples(folder / layout.train, layout, spec)
     if layout.valid:
-        valid = read(folder / layout.valid, layout, spec)
+        valid = read_examples(folder / layout.valid, layout, spec)
     else:
         train, valid = hold_out(train, 1000, folder / layout.train)
-    test = [example for file in layout.test for example in read(folder / file, layout, spec)]
+    test = [example for file in layout.test
+            for example in read_examples(folder / file, layout, spec)]
     return Glue(name, train, valid, test, setup, {"epochs": 3, "batch_size": 16},
                 {"files": layout.files(), "template": spec.template,
                  "choices": list(spec.words.values())})

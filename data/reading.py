@@ -1,4 +1,4 @@
-"""Reads files that hold examples, and divides them into splits. Errors name file and line."""
+"""Reads files of examples, and divides them into splits; errors name file and line."""
 import json
 from pathlib import Path
 from typing import Iterator
@@ -8,9 +8,9 @@ from support.errors import UserError
 
 
 def read_text(path: str | Path) -> str:
-    """Reads a UTF-8 file, without byte order mark and with lines that end in \\n.
+    """Reads a UTF-8 file; drops a byte order mark, and makes each \\r\\n a \\n.
 
-    Raises UserError if the file cannot be read or a line, which it names, is not UTF-8.
+    Raises UserError if the file cannot be read, or if a line, which it names, is not UTF-8.
     """
     try:
         return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
@@ -24,8 +24,8 @@ def read_text(path: str | Path) -> str:
 def parse_json(text: str, where: str):
     """Returns the value of a JSON text.
 
-    Raises UserError, which begins with `where`, if it is not JSON or holds half of a surrogate
-    pair, which no file or terminal can be sent.
+    Raises UserError, which begins with `where`, if it is not JSON, or if it holds half of a
+    surrogate pair, which cannot be written to a file.
     """
     try:
         value = json.loads(text)
@@ -38,17 +38,17 @@ def parse_json(text: str, where: str):
 
 
 def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """Yields the lines of read_text(path) that hold text, with their numbers from 1."""
+    """Yields the lines of a file that are not blank, with their numbers from 1."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip(" "):         # not tabs, which make columns
+        if line.strip(" "):         # a line of tabs has columns, so it stays
             yield number, line
 
 
 def hold_out(items: list, n: int, source: str | Path) -> tuple[list, list]:
-    """Divides the items: returns the others, and n at even distances, since files may be sorted.
+    """Holds out n items at even distances, since a file may be sorted; returns the rest and these.
 
-    At most a tenth of the items and at least one is held out. Raises UserError, which names the
-    source, if there are fewer than two.
+    At least one item and at most a tenth is held out. Raises UserError, which names the source, if
+    there are fewer than two items.
     """
     if len(items) < 2:
         raise UserError(f"{source}: fewer than 2 examples; train and valid need one each")
@@ -58,6 +58,9 @@ def hold_out(items: list, n: int, source: str | Path) -> tuple[list, list]:
 
 
 def split_file(items: list) -> tuple[list, list, list]:
-    """Returns train, valid and test: the file's last two tenths, at least one item each."""
+    """Divides items into train, valid and test, which are the last two tenths.
+
+    valid and test get at least one item each.
+    """
     held = max(1, len(items) // 10)
     return items[:-2 * held], items[-2 * held:-held], items[-held:]

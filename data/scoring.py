@@ -1,8 +1,8 @@
 """Scores a model on examples, in three ways.
 
-score_targets, recall: is the target what greedy decoding would write? choice_losses: which of the
-choices is likeliest? write: what does the model write? With several processes each scores its
-share, and all get the whole.
+score_targets and recall: would greedy decoding write the target? choice_losses: how likely is each
+choice? write_texts: the text that the model writes. With several processes each scores its share of
+the examples, and all get the whole result.
 """
 from typing import Iterator, NamedTuple
 
@@ -11,20 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data.task import (Example, Scores, Sequence, Setup, collate, device_of, encode, encode_prompt,
-                       encode_targets, known, scoring, target_hidden)
+from data.task import (Example, Scores, Sequence, Setup, checked_sequence, collate, device_of,
+                       encode, encode_prompt, encode_targets, scoring, target_hidden)
 from generate import generate
 from support.processes import is_main, joined, process_count, process_number
 
 
 class Score(NamedTuple):
+    """Holds the score of one sequence."""
     loss: float         # sum of -log p over the target tokens, in nats
     tokens: int         # number of target tokens
     right: bool         # greedy decoding would write exactly the target
 
 
 def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Score]:
-    """Scores every sequence, in order."""
+    """Returns the score of each sequence, in their order."""
     scores: list = [None] * len(sequences)
     with scoring(model):
         for indices in by_length(sequences, batch_size):
@@ -36,9 +37,9 @@ def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Sco
 
 
 def scores_of(model, hidden: Tensor, gold: Tensor, is_target: Tensor) -> list[Score]:
-    """Scores each row of a batch, of which target_hidden() gave `hidden` and `gold`."""
+    """Scores each row of a batch, from hidden (N, C) and gold (N,) of target_hidden()."""
     loss, right = [], []
-    for states, tokens in zip(hidden.split(4096), gold.split(4096)):    # logits are wide
+    for states, tokens in zip(hidden.split(4096), gold.split(4096)):    # logits take much memory
         logits = model.logits(states).float()
         loss.append(F.cross_entropy(logits, tokens, reduction="none"))
         right.append(logits.argmax(-1) == tokens)
@@ -49,7 +50,7 @@ def scores_of(model, hidden: Tensor, gold: Tensor, is_target: Tensor) -> list[Sc
 
 def by_length(sequences: list[Sequence], batch_size: int,
               title: str = "scoring") -> Iterator[list[int]]:
-    """Yields batches of indices, sequences of similar length together.
+    """Yields batches of indices; a batch has sequences of similar length.
 
     With several processes each gets its share of the batches.
     """
@@ -60,7 +61,7 @@ def by_length(sequences: list[Sequence], batch_size: int,
 
 
 def shares(groups: list[str], right: list[bool]) -> tuple[dict[str, float], dict[str, int]]:
-    """Returns group -> share of its items that are right, and group -> number of its items."""
+    """Returns for each group the share of items that are right, and the number of items."""
     counts = {name: groups.count(name) for name in dict.fromkeys(groups)}
     return {name: sum(r for g, r in zip(groups, right) if g == name) / n
             for name, n in counts.items()}, counts
@@ -68,7 +69,7 @@ def shares(groups: list[str], right: list[bool]) -> tuple[dict[str, float], dict
 
 def recall(model, setup: Setup, examples: list[Example]) -> Scores:
     """Returns for each group the share of examples whose target greedy decoding writes exactly."""
-    sequences = [known(encode(e, setup.tokenizer, setup.max_length, eos=False), setup)
+    sequences = [checked_sequence(encode(e, setup.tokenizer, setup.max_length, eos=False), setup)
                  for e in examples]
     right = [score.right for score in score_targets(model, sequences, setup.batch_size)]
     rows = [dict(group=e.group, prompt=e.prompt, gold=e.target, right=r)
@@ -78,7 +79,7 @@ def recall(model, setup: Setup, examples: list[Example]) -> Scores:
 
 def choice_losses(model, setup: Setup, examples: list[Example]) -> list[list[float]]:
     """Returns -log p(choice | prompt) for each choice of each example, in nats."""
-    rows = [[known(s, setup) for s in encode_targets(e, e.choices, setup.tokenizer,
+    rows = [[checked_sequence(s, setup) for s in encode_targets(e, e.choices, setup.tokenizer,
                                                      setup.max_length)] for e in examples]
     losses: list = [None] * len(rows)
     widest = max((len(row) for row in rows), default=1)
@@ -91,10 +92,10 @@ def choice_losses(model, setup: Setup, examples: list[Example]) -> list[list[flo
 
 
 def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
-    """Scores the sequences of all rows, one after the other.
+    """Scores the sequences of all rows, in order.
 
-    The sequences of a row begin with the same tokens. These pass the model once; their keys and
-    values are cached, then repeated.
+    The sequences of a row begin with the same tokens. These pass the model once. Their keys and
+    values are cached, and repeated for each sequence.
     """
     device = device_of(model)
     shared = [min(s.start for s in row) - 1 for row in rows]    # one before the first target token
@@ -116,9 +117,9 @@ def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
     return scores_of(model, hidden, tokens[:, 1:][keep], is_target)
 
 
-def write(model, setup: Setup, examples: list[Example], max_new_tokens: int,
+def write_texts(model, setup: Setup, examples: list[Example], max_new_tokens: int,
           **options) -> list[str]:
-    """Returns what the model writes after each prompt; options: generate()'s, such as beams."""
+    """Returns the text that the model writes after each prompt; `options` go to generate()."""
     prompts = [encode_prompt(e, setup, max_new_tokens) for e in examples]
     texts: list = [None] * len(examples)
     rows = max(1, setup.batch_size // options.get("beams", 1))      # each beam is a row of its own

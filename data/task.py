@@ -1,8 +1,8 @@
-"""What a task is: three splits of examples, the loss that trains on them, and the score.
+"""Defines a task: three splits of examples, the loss that trains on them, and the score.
 
-Methods own the layer, tasks own the loss: the loop in train.py knows neither tokens nor targets.
-Task is the contract, TextTask what all tasks of prompt and target share. Each family of tasks has
-its own file beside this one. A new task is one such file and one line in data/__init__.py:
+The loop in train.py knows neither tokens nor targets: a task computes the loss. Task is the
+contract. TextTask holds what all tasks of prompt and target share. Each family of tasks has its own
+file beside this one. A new task is one such file and one line in data/__init__.py:
 
     class Reverse(TextTask):
         def score(self, model, examples):
@@ -27,53 +27,53 @@ from generate import generate
 from support.errors import UserError
 from support.processes import process_count, process_number, summed
 
-BATCH_SIZE = 128        # examples that are scored at once, where a command names no other
+BATCH_SIZE = 128        # examples that are scored at once, unless a command says otherwise
 
 
 @dataclass(frozen=True)
 class Example:
-    """One item: the model reads `prompt` and should write `target`."""
+    """Holds one item: the model reads `prompt` and should write `target`."""
     prompt: str
     target: str
-    choices: tuple[str, ...] = ()       # the answers to choose from, where the task has them
-    references: tuple[str, ...] = ()    # all acceptable texts, where there are several
-    group: str = ""                     # the part of the task that it is scored under
+    choices: tuple[str, ...] = ()       # the answers to choose from, if the task has them
+    references: tuple[str, ...] = ()    # all texts that are right, if there are several
+    group: str = ""                     # the part of the task that the item counts in
     source: str = field(default="", repr=False, compare=False)      # file and line, for errors
 
 
 class Sequence(NamedTuple):
-    """A tokenized example: the loss counts tokens[start:]."""
+    """Holds an example as tokens; the loss counts tokens[start:]."""
     tokens: list[int]
     start: int
-    cut: bool = False       # it lost the start of its prompt to the length limit
+    cut: bool = False       # the prompt lost its start to the length limit
 
 
 class Scores(NamedTuple):
-    """What a model achieves on a list of examples."""
+    """Holds the scores of a model on a list of examples."""
     values: dict[str, float]        # metric -> value; shares are in [0, 1]
-    counts: dict[str, int]          # metric -> the number of items that it is a share of
-    predictions: list[dict]         # an item each, as --predictions writes it: prompt, gold, ...
+    counts: dict[str, int]          # metric that is a share of items -> number of these items
+    predictions: list[dict]         # for each item prompt, gold, ..., as --predictions writes them
 
 
 class Setup(NamedTuple):
-    """What a task is built with: how the model reads, and the lengths of the run."""
+    """Holds what a task needs to know about the model and the run."""
     tokenizer: object
-    config: object                      # the model's: vocab_size, max_positions
-    max_length: int                     # tokens of an example
+    config: object                      # the model's, with vocab_size and max_positions
+    max_length: int                     # most tokens of an example
     batch_size: int = BATCH_SIZE        # examples that are scored at once
-    loss_on: str | None = None          # "answer", "all" (the prompt too), None: the task's own
-    compile: bool = False               # the loss by torch.compile
+    loss_on: str | None = None          # "answer", "all" (the prompt too) or None: the task's own
+    compile: bool = False               # run the loss through torch.compile
 
 
 class Task:
-    """The contract of a task. A family of tasks overrides loss, size, score and show.
+    """Declares the contract of a task; a family of tasks overrides what raises NotImplementedError.
 
-    `train` is learnt from. `valid` may steer choices: learning rates, steps. `test` is scored once
-    before and once after. `defaults` are flags of train.py that the user may leave out: batch_size,
-    and steps or epochs. `notes` say of the data what result.json should hold.
+    `train` is learnt from. `valid` may steer choices, as of the learning rate. `test` is scored
+    once before training and once after. `defaults` holds flags of train.py that the user may leave
+    out: batch_size, and steps or epochs. `notes` holds facts on the data for result.json.
     """
     loss_on = "all"
-    meaning: dict[str, str] = {}        # metric, or its part before a slash -> what it says
+    meaning: dict[str, str] = {}        # metric, or its part before a slash -> its explanation
 
     def __init__(self, name: str, train: list, valid: list, test: list, setup: Setup,
                  defaults: dict, notes: dict | None = None):
@@ -82,18 +82,22 @@ class Task:
         self.defaults, self.notes = defaults, notes or {}
 
     def loss(self, model, examples: list) -> Tensor:
-        """Returns the loss summed over what counts in the examples: a differentiable scalar."""
+        """Returns the summed loss of the examples, a scalar with a gradient.
+
+        TextTask sums over target tokens.
+        """
         raise NotImplementedError
 
     def size(self, examples: list) -> int:
-        """Returns how much counts in the examples: what a whole batch's loss is divided by."""
+        """Returns the number of terms in the sum; the loop divides a batch's loss by it."""
         raise NotImplementedError
 
     def score(self, model, examples: list) -> Scores:
+        """Returns the task's metrics, on the examples given."""
         raise NotImplementedError
 
     def show(self, model, folder: Path) -> str:
-        """Says what the model makes of one test example; a picture goes into the run's folder."""
+        """Returns one test example with the model's answer; may put a picture into the folder."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -104,21 +108,22 @@ class Task:
         raise NotImplementedError
 
     def cut(self) -> dict[str, int]:
-        """Counts the examples that lose something to a length limit: in train, and held out."""
+        """Counts the examples cut by a length limit, in train and in the other splits."""
         return {"train": 0, "held out": 0}
 
     def mean_loss(self, model, examples: list) -> float:
         """Returns loss / size, without gradients; each process computes its share."""
-        own, n = examples[process_number()::process_count()], self.setup.batch_size
+        share, n = examples[process_number()::process_count()], self.setup.batch_size
         with scoring(model):
-            total = sum(self.loss(model, own[i:i + n]).item() for i in range(0, len(own), n))
+            total = sum(self.loss(model, share[i:i + n]).item() for i in range(0, len(share), n))
         return summed([total], device_of(model))[0] / self.size(examples)
 
 
 class TextTask(Task):
-    """Examples of prompt and target, or plain text as Sequences.
+    """Trains on examples of prompt and target, or on plain text as Sequences.
 
-    loss = - sum over the target tokens of log p(token | all before it), in nats; size: their number.
+    loss = - sum over the target tokens of log p(token | all before it), in nats. size is the number
+    of target tokens. Raises UserError if the loss is to count answers and the task has none.
     """
 
     def __init__(self, name: str, train: list, valid: list, test: list, setup: Setup,
@@ -131,17 +136,17 @@ class TextTask(Task):
         self.target_loss = torch.compile(target_loss) if setup.compile else target_loss
 
     def sequence(self, example: Example | Sequence) -> Sequence:
-        """Encodes the example as training sees it, once."""
+        """Encodes the example for training, and remembers the result."""
         if isinstance(example, Sequence):
-            return known(example, self.setup)
+            return checked_sequence(example, self.setup)
         if example not in self.encoded:
-            self.encoded[example] = known(encode(
+            self.encoded[example] = checked_sequence(encode(
                 example, self.setup.tokenizer, self.setup.max_length, loss_on=self.loss_on),
                 self.setup)
         return self.encoded[example]
 
     def scored(self, example) -> list[Sequence]:
-        """Encodes the example as score() sees it; overridden where that is not prompt, target."""
+        """Encodes the example for score(); a task that scores other sequences overrides it."""
         return [encode(example, self.setup.tokenizer, self.setup.max_length)]
 
     def loss(self, model, examples: list) -> Tensor:
@@ -169,30 +174,30 @@ class TextTask(Task):
         return [(e, self.scored(e)) for e in (*self.valid, *self.test)]
 
     def show(self, model, folder: Path) -> str:
-        """Returns a test prompt and the line that the model writes after it, greedily."""
+        """Returns the first test prompt and the line that greedy decoding writes after it."""
         example, new_tokens, right = self.test[0], 32, ""
         if isinstance(example, Example):
             tokens = encode_prompt(example, self.setup, new_tokens).tokens
-            prompt, right = example.prompt, f"   (right: {short(example.target)})"
+            prompt, right = example.prompt, f"   (right: {shorten(example.target)})"
         else:
             tokens = example.tokens[:max(1, min(len(example.tokens) // 2, 16))]
             prompt = self.setup.tokenizer.decode(tokens)
         with scoring(model):
             new = generate(model, [list(tokens)], new_tokens)[0]
         written = (self.setup.tokenizer.decode(new).strip().splitlines() or [""])[0]
-        return f"{short(prompt)} ->{' ' * bool(written)}{short(written)}{right}"
+        return f"{shorten(prompt)} ->{' ' * bool(written)}{shorten(written)}{right}"
 
 
-def short(text: str) -> str:
+def shorten(text: str) -> str:
     """Returns a text's last 70 characters on one line."""
     text = " ".join(text.split())
     return text if len(text) <= 70 else f"...{text[-67:]}"
 
 
 def sample(examples: list, n: int | None) -> list:
-    """Takes n examples, as many of each group where it has them, at even distances; None: all.
+    """Takes about n examples at even distances, equally many of each group; n = None takes all.
 
-    Each group gives at least one.
+    A group gives at least one, and a small group all it has.
     """
     if n is None or n >= len(examples):
         return examples
@@ -211,20 +216,20 @@ def evenly(n: int, total: int) -> list[int]:
 
 # ---- from text to tokens
 def first_tokens(tokenizer) -> list[int]:
-    """Returns what every sequence begins with: bos, where the tokenizer has one."""
+    """Returns the tokens that every sequence begins with: bos, if the tokenizer has one."""
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
 def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_length: int,
                    loss_on: str = "answer", eos: bool = True) -> list[Sequence]:
-    """Encodes bos, the example's prompt, a target and eos, for each target.
+    """Encodes bos, the prompt, a target and eos, for each target.
 
-    A special token is left out where the tokenizer has none. Prompt and target are tokenized as
-    one text, since a token can straddle their border. The target starts at the first token that
-    the prompt alone does not have. If the longest is longer than max_length, all lose as much of
-    the start of the prompt, and so are compared after the same prompt. A target loses nothing.
-    Raises UserError, which names the example's line, if a target does not fit in max_length or
-    nothing stands before it.
+    bos and eos are left out if the tokenizer has none. Prompt and target are tokenized as one text,
+    since a token can hold the end of one and the start of the other. The target starts at the first
+    token that differs from those of the prompt alone. If the longest sequence exceeds max_length,
+    all lose the same number of tokens at the start of the prompt, so that the targets are compared
+    after the same prompt. A target is never cut. Raises UserError, which names the example's line,
+    if a target does not fit in max_length, or has no token before it.
     """
     prompt, where = example.prompt, f"{example.source}: " * bool(example.source)
     head, tail = first_tokens(tokenizer), [tokenizer.eos] * (eos and tokenizer.eos is not None)
@@ -249,9 +254,9 @@ def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_leng
 
 
 def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -> Sequence:
-    """Encodes the example's prompt and target, as encode_targets() does with its options.
+    """Encodes the example's prompt and target, as encode_targets() does; same options and errors.
 
-    Plain text comes as a Sequence already and passes unchanged.
+    A Sequence, which is plain text, is returned as it is.
     """
     if isinstance(example, Sequence):
         return example
@@ -259,21 +264,21 @@ def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -
 
 
 def encode_prompt(example: Example, setup: Setup, max_new_tokens: int) -> Sequence:
-    """Encodes bos and the prompt, after which a model can write.
+    """Encodes bos and the prompt, for a model to write after it.
 
-    A prompt loses its start if it is longer than max_length, or than the positions that
-    max_new_tokens leave. Raises UserError if they leave none.
+    A prompt is cut at its start if it exceeds max_length, or leaves less than max_new_tokens of the
+    model's positions. Raises UserError if there is no position for a prompt.
     """
     head, tokens = first_tokens(setup.tokenizer), setup.tokenizer.encode(example.prompt)
     room = min(setup.max_length, setup.config.max_positions - max_new_tokens) - len(head)
     if room < 1:
         raise UserError(f"the model's {setup.config.max_positions} positions leave no room for a "
                         f"prompt beside the {max_new_tokens} new tokens of this task")
-    return known(Sequence(head + tokens[-room:], 0, cut=len(tokens) > room), setup)
+    return checked_sequence(Sequence(head + tokens[-room:], 0, cut=len(tokens) > room), setup)
 
 
-def known(sequence: Sequence, setup: Setup) -> Sequence:
-    """Returns the sequence. Raises UserError if the model does not have one of its tokens."""
+def checked_sequence(sequence: Sequence, setup: Setup) -> Sequence:
+    """Returns the sequence; raises UserError if a token is outside the model's vocabulary."""
     largest = max(sequence.tokens, default=0)
     if largest >= setup.config.vocab_size:
         raise UserError(f"the tokenizer gives token {largest}, the model has only "
@@ -282,9 +287,9 @@ def known(sequence: Sequence, setup: Setup) -> Sequence:
 
 
 def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
-    """Returns tokens (B, T), padded on the right, and is_target (B, T) bool.
+    """Returns tokens (B, T), padded with 0 on the right, and is_target (B, T), a bool.
 
-    Causal attention never sees that padding. is_target is True where the token counts.
+    Causal attention never sees this padding. is_target is True for tokens that the loss counts.
     """
     T = max(len(s.tokens) for s in sequences)
     tokens = torch.zeros(len(sequences), T, dtype=torch.long)
@@ -302,7 +307,7 @@ def device_of(model) -> torch.device:
 
 @contextmanager
 def scoring(model) -> Iterator[None]:
-    """Inside: eval mode, without gradients; afterwards the model is back in its mode."""
+    """Puts the model in eval mode, without gradients, inside the block."""
     was_training = model.training
     model.eval()
     with torch.inference_mode():
@@ -311,9 +316,9 @@ def scoring(model) -> Iterator[None]:
 
 
 def target_hidden(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the states before the N target tokens, (N, C), and these tokens, (N,).
+    """Returns the states (N, C) that predict the N target tokens, and these tokens (N,).
 
-    Only these positions need to pass the output head, which is wide.
+    Only these positions pass the output head, since its product is large.
     """
     keep = is_target[:, 1:]
     return model.hidden(tokens[:, :-1])[keep], tokens[:, 1:][keep]

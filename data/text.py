@@ -1,7 +1,7 @@
-"""Tasks on the user's own file: `text` and `jsonl`.
+"""Makes the tasks on a user's file: `text` and `jsonl`.
 
-`text` learns plain text, token by token. `jsonl` has one object a line, with "prompt" and "target".
-The last two tenths of the file are held out, in its order: one for validation, one for the test.
+`text` learns plain text, token by token. `jsonl` reads an object with "prompt" and "target" from
+each line. The last two tenths of the file are held out: one for validation, one for the test.
 """
 import math
 
@@ -12,14 +12,15 @@ from support.errors import UserError
 
 
 class Text(TextTask):
+    """Scores text by its loss; for `jsonl` also by exact targets."""
     meaning = {"loss": "nats a target token", "perplexity": "exp(loss)",
                "exact": "targets it writes exactly"}
 
     def score(self, model, examples: list) -> Scores:
-        """Scores loss, in nats a target token, and perplexity, its exponential.
+        """Returns loss, in nats per target token, and perplexity, its exponential.
 
-        `jsonl` also gets `exact`: the share of examples whose target, eos included, greedy
-        decoding writes exactly.
+        `jsonl` also has `exact`: the share of targets that greedy decoding writes exactly, with
+        their eos.
         """
         sequences = [s for example in examples for s in self.scored(example)]
         scores = score_targets(model, sequences, self.setup.batch_size)
@@ -34,9 +35,10 @@ class Text(TextTask):
 
 
 def load_text(setup: Setup, data: str) -> Text:
-    """Cuts the text into blocks of max_length tokens, each opened by bos; no token is lost.
+    """Cuts the text into blocks of max_length tokens, each with bos as its first.
 
-    Without a bos a last block of a single token, which nothing stands before, is dropped.
+    No token is lost, but for one case: without a bos, a last block of one token has nothing to
+    predict it, and is dropped. Raises UserError if the text or max_length is too short.
     """
     ids = setup.tokenizer.encode(read_text(data))
     if len(ids) < 20:
@@ -55,9 +57,10 @@ def load_text(setup: Setup, data: str) -> Text:
 
 
 def load_jsonl(setup: Setup, data: str) -> Text:
-    """Reads one example a line; blank lines are skipped.
+    """Reads an example from each line; skips blank lines.
 
-    Raises UserError, which names the line, if a line is anything else.
+    Raises UserError, which names the line, if a line is not an example, or if there are fewer
+    than three.
     """
     examples = []
     for number, line in numbered_lines(data):

@@ -1,20 +1,20 @@
-"""The five scores of the E2E NLG challenge, of written texts against several references each.
+"""Computes the five scores of the E2E NLG challenge, of texts with several references each.
 
-Scales are those of the papers' tables: BLEU, METEOR and ROUGE-L out of 100, NIST and CIDEr as they
-are. The challenge's script (github.com/tuetschek/e2e-metrics) takes BLEU and NIST from mteval-v13a
-and the others from the COCO caption evaluation; what follows it and what does not:
-    bleu     sacrebleu, tokenizer 13a, lower-cased: mteval ignores case too
-    nist     own, as mteval. nltk's stands about a point too low on several references, for it
-             compares with the best single one (for human texts of E2E 7.9 instead of 8.9)
-    meteor   nltk's: the metric of 2007 with WordNet, where COCO runs METEOR 1.5 in Java with other
-             weights and paraphrases: not to be compared with the tables. Without nltk's WordNet
-             data (python -m nltk.downloader wordnet) it is left out
-    rouge_l  longest common subsequences by rouge-score, combined as COCO does
-    cider    own, CIDEr-D, which COCO calls CIDEr
-COCO's tokenizer is Stanford's, in Java; here 13a and nltk's Penn Treebank rules stand for it, all
+Scales are those of the papers' tables: BLEU, METEOR and ROUGE-L go up to 100, NIST and CIDEr have
+no fixed end. The challenge's script (github.com/tuetschek/e2e-metrics) takes BLEU and NIST from
+mteval-v13a and the others from the COCO caption evaluation. The scores here:
+    bleu     by sacrebleu, tokenizer 13a, lower-cased, since mteval ignores case too
+    nist     written here, as in mteval. nltk compares with the best single reference, and so gives
+             about a point less (for human texts of E2E 7.9 instead of 8.9)
+    meteor   by nltk: the metric of 2007, with WordNet. COCO runs METEOR 1.5 in Java, with other
+             weights and paraphrases, so do not compare with the papers' tables. It is left out
+             without nltk's WordNet data (python -m nltk.downloader wordnet)
+    rouge_l  longest common subsequences by rouge-score, combined as in COCO
+    cider    written here: CIDEr-D, which COCO calls CIDEr
+COCO's tokenizer is Stanford's, in Java. Here it is 13a and then nltk's Penn Treebank rules, all
 lower-cased and without punctuation. NIST and CIDEr weigh n-grams by how rare they are among the
-references, so they compare only between equal sets of items; of one item alone CIDEr is 0.
-The libraries are imported where they are used: together they take a second.
+references, so compare them only on the same set of items. CIDEr of a single item is 0.
+The libraries are imported where they are used, since together they take a second.
 """
 import math
 from collections import Counter
@@ -27,7 +27,10 @@ Words = list[str]
 
 
 def text_scores(outputs: list[str], references: list[tuple[str, ...]]) -> dict[str, float]:
-    """Metric -> value, of one output and its references for each item; no meteor: see above."""
+    """Returns metric -> value; each item has one output and a tuple of references.
+
+    meteor is left out without WordNet's data. The file's docstring has the scales.
+    """
     tokens = [mteval_tokens(text) for text in outputs]
     token_refs = [[mteval_tokens(text) for text in texts] for texts in references]
     words = [caption_words(text) for text in outputs]
@@ -40,44 +43,48 @@ def text_scores(outputs: list[str], references: list[tuple[str, ...]]) -> dict[s
 
 @cache
 def tokenizers() -> tuple[Callable, Callable]:
+    """Makes the tokenizers of mteval (13a) and of the Penn Treebank."""
     from nltk.tokenize import TreebankWordTokenizer
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
     return Tokenizer13a(), TreebankWordTokenizer().tokenize
 
 
-# References come back at every scoring, 9,365 of them in E2E; outputs are few beside them.
+# Cached, since the references come back at every scoring: 9,365 of them in E2E.
 @lru_cache(maxsize=2 ** 14)
 def mteval_tokens(text: str) -> Words:
+    """Cuts a text into lower-case tokens, as mteval does."""
     return tokenizers()[0](text.lower()).split()
 
 
 @lru_cache(maxsize=2 ** 14)
 def caption_words(text: str) -> Words:
-    """mteval's tokens cut further ("isn't": is, n't), those of punctuation alone left out."""
+    """Cuts mteval's tokens further ("isn't": is, n't), and drops those of punctuation alone."""
     return [word for word in tokenizers()[1](" ".join(mteval_tokens(text)))
             if not set(word) <= PUNCTUATION]
 
 
 def ngrams(words: Words, n: int) -> Counter:
+    """Counts the n-grams of a text."""
     return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 
 def bleu(outputs: list[str], references: list[tuple[str, ...]]) -> float:
-    """BLEU (Papineni et al. 2002) of the corpus, 0 to 100."""
+    """Returns BLEU (Papineni et al. 2002) of the corpus, 0 to 100."""
     from sacrebleu import corpus_bleu
-    most = max(map(len, references))            # sacrebleu takes columns, filled up with None
+    most = max(map(len, references))    # sacrebleu wants columns of equal length, filled with None
     columns = [[texts[i] if i < len(texts) else None for texts in references]
                for i in range(most)]
     return corpus_bleu(outputs, columns, lowercase=True, tokenize="13a", force=True).score
 
 
 def nist(outputs: list[Words], references: list[list[Words]], order: int = 5) -> float:
-    """NIST (Doddington 2002, eq. 3) of the corpus: sum over n = 1 .. order of
+    """Returns NIST (Doddington 2002, eq. 3) of the corpus: the sum over n = 1 .. order of
         sum of info(g) over the n-grams g that an output shares with its references
         / number of n-grams of all outputs
-    times exp(-beta log^2 min(1, L / Lref)), beta such that 2/3 of the length halves the score.
-    info(w1 .. wn) = log2(count(w1 .. wn-1) / count(w1 .. wn)) in all references. An n-gram counts
-    as often as the reference that has most of it; Lref is the mean length of an item's references.
+    times exp(-beta log^2 min(1, L / Lref)), with beta such that L / Lref = 2/3 halves the score.
+    info(w1 .. wn) = log2(count(w1 .. wn-1) / count(w1 .. wn)), counted in all references. An
+    n-gram is shared at most as often as one reference has it. L is the length of all outputs, in
+    tokens. Lref sums the mean length of each item's references.
     """
     count = Counter()
     for reference in (words for item in references for words in item):
@@ -104,8 +111,10 @@ def nist(outputs: list[Words], references: list[list[Words]], order: int = 5) ->
 
 
 def meteor(outputs: list[Words], references: list[list[Words]]) -> float | None:
-    """METEOR (Lavie and Agarwal 2007): mean over items of the best reference's, 0 to 100; None
-    where nltk has no WordNet data."""
+    """Returns METEOR (Lavie and Agarwal 2007), 0 to 100; None if nltk has no WordNet data.
+
+    An item's score is that of its best reference; the result is the mean over items.
+    """
     from nltk.corpus import wordnet
     from nltk.translate.meteor_score import meteor_score
     try:
@@ -117,10 +126,10 @@ def meteor(outputs: list[Words], references: list[list[Words]]) -> float | None:
 
 
 def rouge_l(outputs: list[Words], references: list[list[Words]], beta: float = 1.2) -> float:
-    """ROUGE-L (Lin 2004): mean over items of (1 + beta^2) P R / (R + beta^2 P), 0 to 100.
+    """Returns ROUGE-L (Lin 2004), 0 to 100, the mean of (1 + beta^2) P R / (R + beta^2 P).
 
-    P and R are the longest common subsequence over the length of the output and of the reference;
-    each is the best over the references, maybe of two different ones.
+    P is the length of the longest common subsequence over that of the output, R over that of the
+    reference. Each is the best over an item's references, perhaps of two different ones.
     """
     from rouge_score.rouge_scorer import RougeScorer
     scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=str.split))
@@ -133,17 +142,18 @@ def rouge_l(outputs: list[Words], references: list[list[Words]], beta: float = 1
 
 
 def cider(outputs: list[Words], references: list[list[Words]], sigma: float = 6.0) -> float:
-    """CIDEr-D (Vedantam et al. 2015, eq. 4): mean over items, their references and n = 1 .. 4 of
+    """Returns CIDEr-D (Vedantam et al. 2015, eq. 4): mean over items, references, n = 1 .. 4 of
         10 exp(-(L - Lref)^2 / 2 sigma^2) sum_g min(v(g), u(g)) u(g) / (|v| |u|)
-    with v and u the tf-idf vectors of the output's and the reference's n-grams: how often g occurs
-    times log(items / items that have g in a reference), an unknown g as if one item had it.
+    where v and u are tf-idf vectors of the n-grams of the output and the reference. v(g) is how
+    often g occurs, times log(items / items that have g in a reference). If no item has g, the
+    number is taken as 1.
     """
     seen = Counter()
     for item in references:
         seen.update({g for words in item for n in range(1, 5) for g in ngrams(words, n)})
 
     def vectors(words: Words) -> list[tuple[dict, float]]:
-        """Of each n the vector and its length."""
+        """Returns the tf-idf vector and its length, for each n."""
         found = [{g: k * math.log(len(references) / max(1, seen[g]))
                   for g, k in ngrams(words, n).items()} for n in range(1, 5)]
         return [(vector, math.hypot(*vector.values())) for vector in found]

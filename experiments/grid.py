@@ -58,7 +58,7 @@ def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
     parser.add_argument("--out", default="runs/sweep", help="folder of all runs (runs/sweep)")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args, args.passed_on = parser.parse_known_args(argv)
-    given = train_flags.parse(args.passed_on)
+    given = train_flags.parse_flags(args.passed_on)
     for name in ("overwrite", "resume", "from_peft"):
         if name in given.given:
             raise UserError(f"{flag(name)}: not in a sweep")
@@ -166,8 +166,8 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace) -> Trial:
     name = "-".join([args.task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
     folder = Path(args.out, name)
     flags += [*args.passed_on, "--out", str(folder), "--resume"]
-    given = train_flags.parse(flags)
-    train_flags.check(given)
+    given = train_flags.parse_flags(flags)
+    train_flags.check_flags(given)
     if visible(folder):
         saved_flags(given)
         read_run(folder)

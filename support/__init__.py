@@ -1,1 +1,1 @@
-"""What the commands share: flags, a run's folder, processes, errors and files."""
+"""Holds what the commands share: flags, a run's folder, processes, errors and files."""

@@ -1,4 +1,4 @@
-"""One-line user errors, and output whose loss loses nothing."""
+"""Ends a command with one line on a user's error, and keeps it going where printing fails."""
 import difflib
 import functools
 import math
@@ -12,22 +12,22 @@ import torch
 
 
 class UserError(ValueError):
-    """Wrong input from the user: one line that names the file, line or option at fault."""
+    """Reports wrong input from the user, in one line that names the file, line or option."""
 
 
 class NotFinite(ArithmeticError):
-    """A loss, gradient, weight or score that is NaN or infinite."""
+    """Reports a loss, gradient, weight or score that is NaN or infinite."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The end of an error line: the known word most like this one, or all of them."""
+    """Ends an error line: names the known word most like this one, or all known words."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
 
 
 def require(*packages: str) -> None:
-    """Raises UserError, which names the package and the file to install, if one is missing."""
+    """Raises UserError, which says what to install, if a package is missing."""
     for package in packages:
         if find_spec(package) is None:
             raise UserError(f"the package {package} is missing: "
@@ -35,28 +35,29 @@ def require(*packages: str) -> None:
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """The GPU's memory, or the machine's, does not suffice."""
+    """Says whether an error means too little memory, on the GPU or on the machine."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def stop_unless_finite(numbers: dict[str, float], when: str) -> None:
-    """Raises NotFinite, which names up to three of them, if a number is not finite."""
+    """Raises NotFinite if a number is NaN or infinite; it names up to three."""
     bad = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise NotFinite(f"{when}: {', '.join(bad[:3])}")
 
 
 def refuse_not_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raises UserError, which names the tensor, if it holds NaN or infinity."""
+    """Raises UserError if the tensor holds NaN or infinity; the error names the tensor."""
     if tensor.is_floating_point() and tensor.numel() and not all(
-            extreme.isfinite() for extreme in tensor.detach().aminmax()):     # NaN passes through
+            extreme.isfinite() for extreme in tensor.detach().aminmax()):   # both NaN if one is
         raise UserError(f"{name} holds NaN or infinity")
 
 
 class Output:
-    """A text stream that takes everything: what its reader, disk or alphabet refuses is dropped.
+    """Wraps a text stream, and drops what cannot be written instead of raising.
 
-    So that a closed pipe, a full disk or an odd locale behind `print` loses no result.
+    So a closed pipe or a full disk behind `print` does not end a run. A character that the
+    stream's encoding lacks is written as "?".
     """
 
     def __init__(self, stream):
@@ -79,15 +80,15 @@ class Output:
     def failing(self) -> Iterator[None]:
         try:
             yield
-        except OSError:         # and what is still in its buffer must find a place at the very end
+        except OSError:         # Python flushes the rest at exit: without this it would fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
 
 @contextmanager
 def lenient_output() -> Iterator[None]:
-    """Inside, standard output and standard error are each an Output."""
+    """Makes standard output and standard error an Output each, inside the block."""
     streams = sys.stdout, sys.stderr
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:        # for one closed from the start
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:        # for a stream that is None
         sys.stdout, sys.stderr = (Output(stream or nowhere) for stream in streams)
         try:
             yield
@@ -98,11 +99,13 @@ def lenient_output() -> Iterator[None]:
 
 
 def exit_on_user_error(main: Callable) -> Callable:
-    """Decorator for a script's main(): a UserError, a file that cannot be used and memory that does
-    not suffice end it with one line on stderr and status 2; Ctrl-C with one line and 130. What
-    cannot be printed is dropped, and the work goes on."""
+    """Decorates a script's main(), so that errors of the user end it with one line on stderr.
+
+    These are a UserError, a file that cannot be used, and too little memory: status 2. Ctrl-C ends
+    it with one line and status 130. Text that cannot be printed is dropped, and the work goes on.
+    """
     def end(line: str, status: int):
-        if os.environ.get("LOCAL_RANK", "0") == "0":        # one line, not one for each process
+        if os.environ.get("LOCAL_RANK", "0") == "0":        # of several processes one prints
             print(" ".join(line.split()), file=sys.stderr)
         sys.exit(status)
 

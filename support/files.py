@@ -1,4 +1,4 @@
-"""Files that are never half written."""
+"""Writes files whole or not at all."""
 import argparse
 import os
 from contextlib import contextmanager
@@ -11,8 +11,11 @@ from support.errors import UserError
 
 
 def new_file(name: str) -> Path:
-    """The value of a flag for a file to write: said now, and not after hours of work. A link is
-    followed; a file that is there already is replaced."""
+    """Reads a flag's value that names a file to write; links are followed.
+
+    The check comes first, since the file is written after hours of work. A file that is there
+    already will be replaced. Raises ArgumentTypeError if it is no file in an existing folder.
+    """
     path = Path(name).resolve()
     if path.exists() and not path.is_file() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{name}: not a file in an existing folder")
@@ -21,7 +24,7 @@ def new_file(name: str) -> Path:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """What goes wrong on the disk inside the block is a UserError that names the path."""
+    """Turns a failure to write inside the block into a UserError that names the path."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:       # torch.save's is a RuntimeError
@@ -31,10 +34,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; a clean exit flushes and renames it into place.
+    """Yields a temporary path beside `path`; when the block ends, renames it to `path`.
 
     A crash, a full disk or an exception inside the block leaves an earlier `path` as it was. The
-    file gets the user's usual permissions, which not every writer gives it.
+    file gets the user's usual permissions, which some writers do not set. Raises UserError if the
+    disk refuses.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

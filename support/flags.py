@@ -1,4 +1,4 @@
-"""The flags of train.py: what they are, which go together, and what stands for one not given."""
+"""Defines the flags of train.py: reads them, checks them and fills in what was left out."""
 import math
 import os
 from argparse import BooleanOptionalAction, Namespace
@@ -18,60 +18,63 @@ from support.run import FILES, PRECISIONS, ROOT, Flags, read_config, visible
 BASE = ROOT / "data" / "base"
 TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets")
-# Every method's own hyperparameters, each said once, on its class: name -> (default, help, ...).
+# The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
                       for name, option in method.options.items()}
 
 
-def parse(argv: list[str] | None, doc: str = "") -> Namespace:
+def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
+    """Reads the flags; raises UserError if one is unknown or cannot be read."""
     parser = Parser(doc)
     what = parser.add_argument_group("what to train on what")
     what.add_argument("--method", help=f"{', '.join(METHODS)}")
     what.add_argument("--model", default=str(BASE),
-                      help="HF-layout folder, or owner/name on the hub (data/base)")
+                      help="folder in Hugging Face's layout, or owner/name on the hub (data/base)")
     what.add_argument("--task", default="facts", help=f"{', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
-    what.add_argument("--from-peft", metavar="DIR", help="instead of --method and the adapters' "
-                      "flags: train on from what PEFT has saved there")
+    what.add_argument("--from-peft", metavar="DIR", help="train on from adapters that PEFT saved; "
+                      "instead of --method, --rank, --alpha, --dropout, --targets")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,
-                         help="budget: as many parameters as LoRA of that rank (8); adalora: at "
-                              "the end, on average")
+                         help="budget: as many parameters as LoRA of that rank (8); adalora: the "
+                              "average rank at the end")
     adapter.add_argument("--alpha", type=float, help="scale of the update (2 x rank)")
-    adapter.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input (0)")
+    adapter.add_argument("--dropout", type=float, default=0.0,
+                         help="share of the adapter's input set to 0 in training (0)")
     adapter.add_argument("--targets", default=TARGETS,
-                         help=f"ends of layer names, comma-separated ({TARGETS})")
-    adapter.add_argument("--lr-ratio", type=float, help="learning rate of B (dual: B and D) over "
-                                                        "that of the rest (1; lora+ 16)")
+                         help=f"layers to adapt, by the ends of their names ({TARGETS})")
+    adapter.add_argument("--lr-ratio", type=float, help="multiplies the learning rate of B (dual: "
+                                                        "of B and D) (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
         users = ", ".join(key for key, method in METHODS.items() if name in method.options)
         how = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
                dict(type=kind[0] if kind else type(default)))
-        value = {None: "", False: " (no)", True: " (yes)"}.get(default, f" ({default})")
-        adapter.add_argument(flag(name), **how, help=f"{users}: {words}{value}")
+        shown = {None: "", False: " (no)", True: " (yes)"}.get(default, f" ({default})")
+        adapter.add_argument(flag(name), **how, help=f"{users}: {words}{shown}")
     loop = parser.add_argument_group("loop")
-    loop.add_argument("--lr", type=float, help="peak learning rate (per method: one for the "
-                                               "models that ship, another for larger ones)")
-    loop.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's (0)")
+    loop.add_argument("--lr", type=float, help="peak learning rate (the method's own; data/base "
+                                               "has another than larger models)")
+    loop.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of AdamW (0)")
     loop.add_argument("--warmup", type=int,
                       help="steps over which the learning rate rises (6 %% of the run)")
     loop.add_argument("--steps", type=int, help="optimizer steps (per task)")
     loop.add_argument("--epochs", type=float, help="instead of --steps")
-    loop.add_argument("--batch-size", type=int, help="examples an optimizer step (per task)")
+    loop.add_argument("--batch-size", type=int, help="examples in an optimizer step (per task)")
     loop.add_argument("--grad-accum", type=int, default=1,
                       help="micro-batches that a batch is cut into (1)")
     loop.add_argument("--grad-checkpointing", action=BooleanOptionalAction, default=False,
                       help="compute each block again in backward: less memory, more time")
     loop.add_argument("--dtype", choices=PRECISIONS, default="fp32",
-                      help="of the base model and, by autocast, of the products; adapters stay "
-                           "fp32, and so do the weights of full (fp32)")
+                      help="precision of the base model and of the products; adapters, and the "
+                           "weights of full, stay fp32 (fp32)")
     loop.add_argument("--compile", action=BooleanOptionalAction, default=False,
                       help="torch.compile; needs a C++ compiler")
-    loop.add_argument("--max-length", type=int, help=f"tokens of an example ({MAX_LENGTH})")
-    loop.add_argument("--loss-on", choices=("answer", "all"), help="which tokens count (per task)")
+    loop.add_argument("--max-length", type=int, help=f"most tokens of an example ({MAX_LENGTH})")
+    loop.add_argument("--loss-on", choices=("answer", "all"),
+                      help="train on the answer's tokens, or on the prompt's too (per task)")
     loop.add_argument("--seed", type=int, default=0,
-                      help="of the adapters, the data order, dropout, the facts rewritten (0)")
+                      help="draws adapters, data order, dropout and the facts to rewrite (0)")
     loop.add_argument("--device", type=device, default=default_device(),
                       help="cpu, cuda, cuda:1 (a GPU if there is one)")
     run = parser.add_argument_group("run")
@@ -80,17 +83,17 @@ def parse(argv: list[str] | None, doc: str = "") -> Namespace:
                      help="do not score the model before training")
     run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
     run.add_argument("--eval-batch-size", type=int, default=BATCH_SIZE,
-                     help=f"texts, or beams of them, scored at once: speed and memory only "
-                          f"({BATCH_SIZE})")
+                     help=f"texts, or beams of them, scored at once; changes speed and memory "
+                          f"only ({BATCH_SIZE})")
     run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
     run.add_argument("--snapshot-every", type=int,
                      help="steps between copies of the adapters, for experiments.analyze (none)")
     run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
     run.add_argument("--overwrite", action="store_true",
-                     help="rename the run in --out to NAME.old, and begin anew")
+                     help="rename the run that is in --out to NAME.old, and begin anew")
     run.add_argument("--resume", action="store_true",
-                     help="go on with the run in --out. The command that began the run works too, "
-                          "with --resume added: it begins, goes on or has nothing left to do")
+                     help="go on with the run in --out. A whole command with --resume can be "
+                          "given again and again: it begins the run, goes on or is done")
     args = parser.parse_args(argv)
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
@@ -99,9 +102,9 @@ def parse(argv: list[str] | None, doc: str = "") -> Namespace:
 
 
 def unused_flags(method: str) -> list[str]:
-    """Names the flags that mean nothing to a method."""
-    layer, own = METHODS[method].layer, METHODS[method].options
-    unused = [name for name in OPTIONS_OF_METHODS if name not in own]
+    """Lists the flags that a method does not use."""
+    layer, options = METHODS[method].layer, METHODS[method].options
+    unused = [name for name in OPTIONS_OF_METHODS if name not in options]
     if layer is None:
         unused += ADAPTER_FLAGS
     elif not layer.uses_alpha:
@@ -111,8 +114,8 @@ def unused_flags(method: str) -> list[str]:
     return unused
 
 
-def check(args: Namespace) -> None:
-    """Raises UserError for what is wrong in the flags themselves, before anything is loaded."""
+def check_flags(args: Namespace) -> None:
+    """Raises UserError if a flag is wrong, before anything is loaded."""
     if args.from_peft is not None:
         for name in ("method", *ADAPTER_FLAGS):
             if name in args.given:
@@ -150,34 +153,36 @@ def check(args: Namespace) -> None:
 
 
 def ships(model: str) -> bool:
-    """Says whether a model is one of this project's own."""
+    """Says whether a model is data/base, which comes with this project."""
     return Path(model).resolve() == BASE
 
 
 def default_lr(method: str, model: str) -> float:
-    """Returns a method's learning rate for a model, where --lr is not given."""
-    own = METHODS[method]
-    return own.lr if own.large_lr is None or ships(model) else own.large_lr
+    """Returns a method's learning rate for a model, used if --lr is not given."""
+    chosen = METHODS[method]
+    return chosen.lr if chosen.large_lr is None or ships(model) else chosen.large_lr
 
 
 def adapt(model, args: Namespace) -> None:
-    """Puts in the adapters that the flags ask for."""
+    """Puts the adapters that the flags ask for into the model."""
     method = METHODS[args.method]
-    own = {name: value for name in method.options
-           if (value := getattr(args, name)) is not None}
+    options = {name: value for name in method.options
+               if (value := getattr(args, name)) is not None}
     if args.from_peft is not None:
-        import_peft(model, args.from_peft, **own)
+        import_peft(model, args.from_peft, **options)
     elif method.layer is None:
         inject(model, args.method)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-        inject(model, args.method, [name.strip() for name in args.targets.split(",")], args.rank, alpha, args.dropout, **own)
+        inject(model, args.method, [name.strip() for name in args.targets.split(",")], args.rank,
+               alpha, args.dropout, **options)
 
 
 def resolve(args: Namespace, model, task) -> Flags:
-    """Fills in what the user left out, from the method, its layers and the task.
+    """Fills in the flags that the user left out, from the method, its layers and the task.
 
-    A flag that the run does not use becomes None. Raises UserError if the batch cannot be divided.
+    A flag that the run does not use becomes None. Raises UserError if a batch has too few examples
+    to be cut for --grad-accum and the processes.
     """
     flags, method = dict(vars(args)), METHODS[args.method]
     flags.pop("given", None)

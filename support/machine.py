@@ -1,4 +1,4 @@
-"""What a run ran on: versions, the processor, the memory that it took."""
+"""Finds out what a run ran on: versions, the processor and the memory that it took."""
 import platform
 import re
 import subprocess
@@ -12,6 +12,7 @@ from support.run import ROOT
 
 
 def versions() -> dict:
+    """Returns the versions that a result depends on; commit is None outside of git."""
     try:
         git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"],
                              capture_output=True, text=True)
@@ -24,7 +25,7 @@ def versions() -> dict:
 
 
 def hardware(device: str) -> str:
-    """The name of the processor that a device is."""
+    """Returns the name of the GPU or the processor that a device is."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
@@ -33,7 +34,10 @@ def hardware(device: str) -> str:
 
 
 def peak_memory_mb(device: str) -> float | None:
-    """Of the GPU where one is used, else of the process (its weights, data and libraries)."""
+    """Returns the most memory used so far, in MiB, on the GPU if the device is one.
+
+    On the CPU it is that of the whole process, with libraries and data. On Windows it is None.
+    """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     try:

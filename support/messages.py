@@ -1,4 +1,4 @@
-"""What train.py says: before a run, after it, and when it ends early."""
+"""Prints what train.py says: before a run, after it, and when it ends early."""
 import os
 import shlex
 import sys
@@ -14,13 +14,13 @@ from support.processes import process_count
 from support.run import CHECKPOINT, Run
 
 
-def print_header(args: Namespace, run: Run, model, task: Task, plan: str, facts: dict) -> None:
-    """Says what will run."""
+def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts: dict) -> None:
+    """Prints what will run: the model, the adapters, the data and the training."""
     name = os.path.relpath(args.model) if os.path.exists(args.model) else args.model
     print(f"{args.method} on {args.task}, from {name}, into {run.folder}")
-    share = 100 * facts["trainable"] / facts["total"]
-    print(f"trainable {facts['trainable']:,} of {facts['total']:,} parameters ({share:.2f} %)"
-          + f", {facts['whole']:,} of them in whole modules" * (facts["whole"] > 0))
+    share = 100 * counts["trainable"] / counts["total"]
+    print(f"trainable {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2f} %)"
+          + f", {counts['whole']:,} of them in whole modules" * (counts["whole"] > 0))
     if adapters(model):
         own, method = model.injected, METHODS[args.method]
         print(f"{len(adapters(model))} layers adapted: {args.targets or ','.join(own['targets'])}; "
@@ -34,8 +34,8 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, facts:
         print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}")
-    if any(facts["cut"].values()):
-        print(f"{facts['cut']['train']} train and {facts['cut']['held out']} other examples lose "
+    if any(counts["cut"].values()):
+        print(f"{counts['cut']['train']} train and {counts['cut']['held out']} other examples lose "
               f"the start of their prompt to --max-length {args.max_length}")
     for name in ("trained_on", "missing"):
         if name in task.notes:
@@ -48,7 +48,7 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, facts:
 
 
 def span(value) -> str:
-    """Writes a number, or the smallest and largest of a dict's."""
+    """Writes a number; for a dict of numbers, its smallest and its largest."""
     low, high = (f"{end(value.values()) if isinstance(value, dict) else value:g}"
                  for end in (min, max))
     return low if low == high else f"{low} to {high}"
@@ -56,7 +56,7 @@ def span(value) -> str:
 
 def print_result(args: Namespace, run: Run, task: Task, before: dict | None, after: dict,
                  seconds: float) -> None:
-    """Prints the scores before and after, each with its meaning, and the command to go on with."""
+    """Prints the scores before and after, what each means, and a next command."""
     print(f"{'':20}{'before':>12}{'after':>12}")
     explained_kinds = set()
     for name, value in after.items():
@@ -67,18 +67,17 @@ def print_result(args: Namespace, run: Run, task: Task, before: dict | None, aft
                + f" {value:11.4f}   {meaning}").rstrip())
     print(f"{seconds:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
     if not is_listed(args.method):
-        print(f"  (once {args.method} stands in methods.py, where eval.py and convert.py look for "
-              "it)")
+        print(f"  (first add {args.method} to methods.py: eval.py and convert.py look there)")
     print(f"  python eval.py --run {shlex.quote(str(run.folder))} --prompt TEXT")
 
 
 def script(argv: list[str] | None) -> str:
-    """Names the program that was started: train.py, or a file that adds a method to METHODS."""
+    """Returns the name of the program: train.py, or a file that adds a method to METHODS."""
     return "train.py" if argv is not None else os.path.relpath(sys.argv[0])
 
 
 def last_words(stop: KeyboardInterrupt | NotFinite, run: Run, program: str) -> str:
-    """Says why a run ends before its last step, and what there is to go on with."""
+    """Says why a run ended early, and how to go on with it."""
     if isinstance(stop, NotFinite):
         hint = "; a lower --lr may help" * str(stop).startswith("step")
         kept = run.folder / CHECKPOINT
@@ -90,8 +89,11 @@ def last_words(stop: KeyboardInterrupt | NotFinite, run: Run, program: str) -> s
 
 
 def explained(error: RuntimeError) -> Exception:
-    """Turns torch's error into a UserError if it tells what the user can do."""
-    from torch._dynamo.exc import TorchDynamoException  # which takes a second to import
+    """Returns a UserError for an error of torch that the user can do something about.
+
+    Any other error is returned as it is.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # here, since the import takes a second
     what = " ".join(str(error).split())[:300]
     if isinstance(error, TorchDynamoException):
         return UserError(f"--compile: {what}")

@@ -1,4 +1,4 @@
-"""Command lines: flags without a usage block, and what several commands read alike."""
+"""Reads command lines, with one-line errors, and the flags that several commands share."""
 import argparse
 import re
 
@@ -8,12 +8,12 @@ from support.errors import UserError, nearest
 
 
 def flag(name: str) -> str:
-    """An argument's name as it is typed: max_length -> --max-length."""
+    """Returns a flag as the user types it: max_length -> --max-length."""
     return "--" + name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without its usage block: a wrong flag is a UserError, with the nearest known one."""
+    """Parses flags as argparse does, but raises UserError, which names the nearest known flag."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, allow_abbrev=False,
@@ -23,29 +23,30 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
     def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
-        """Reads a command line; the result's `given` has the names of the flags that stood there.
+        """Reads a command line; the result's `given` holds the names of the flags in it.
 
         Raises UserError if a flag is unknown or wrong.
         """
-        own = [action for action in self._actions if action.dest != "help"]
-        # With None there already, argparse fills in no default: what is not None was given.
+        actions = [action for action in self._actions if action.dest != "help"]
+        # argparse fills in no default over a None that is there: what is not None was given.
         known, unknown = self.parse_known_args(
-            args, argparse.Namespace(**{action.dest: None for action in own}))
+            args, argparse.Namespace(**{action.dest: None for action in actions}))
         if unknown:
             raise UserError(f"{unknown[0]}: unknown flag"
                             + nearest(unknown[0], self._option_string_actions))
         for name, value in vars(known).items():
             if isinstance(value, str) and not is_utf8(value):
                 raise UserError(f"{flag(name)} {value!r}: not UTF-8")
-        known.given = {action.dest for action in own if getattr(known, action.dest) is not None}
-        for action in own:
+        known.given = {action.dest for action in actions
+                       if getattr(known, action.dest) is not None}
+        for action in actions:
             if action.dest not in known.given:
                 setattr(known, action.dest, action.default)
         return known
 
 
 def is_utf8(text: str) -> bool:
-    """False for what Python makes of other bytes on the command line."""
+    """Says whether an argument came in UTF-8; Python turns other bytes into surrogates."""
     try:
         text.encode()
         return True
@@ -54,11 +55,15 @@ def is_utf8(text: str) -> bool:
 
 
 def default_device() -> str:
+    """Returns cuda if there is a GPU, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device(name: str) -> str:
-    """A --device flag's value, if this machine has that device."""
+    """Reads the value of --device.
+
+    Raises ArgumentTypeError if this machine does not have that device.
+    """
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise argparse.ArgumentTypeError(f"{name}: neither cpu, nor cuda, nor cuda:1")
     try:

@@ -1,10 +1,10 @@
-"""Several processes, one run: what torch.distributed needs from us.
+"""Lets several processes train one model together, by torch.distributed.
 
     torchrun --nproc-per-node 2 train.py --method dual
 torchrun starts the same command N times. Environment variables tell each process its number. Every
 process holds the whole model and works on its share of each batch. sum_gradients() then gives all
-of them the same gradients, so that they take the same step. Process 0 writes the files. Without
-torchrun there is one process, and everything here does nothing.
+of them the same gradients, so they take the same step. Process 0 writes the files. Without torchrun
+there is one process, and the functions here change nothing.
 """
 import os
 from typing import Iterable
@@ -16,11 +16,11 @@ from torch import nn
 from support.errors import UserError
 
 VARIABLES = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-BUCKET = 2 ** 24        # numbers that are sent at once
+BUCKET = 2 ** 24        # gradients that are sent at once, as numbers
 
 
 def join_processes(device: str) -> None:
-    """Meets the other processes; on "cuda" each takes a GPU of its own.
+    """Connects with the other processes of torchrun; on "cuda" each takes a GPU of its own.
 
     Raises UserError if the device names one GPU, or there are fewer GPUs than processes.
     """
@@ -37,10 +37,12 @@ def join_processes(device: str) -> None:
 
 
 def process_number() -> int:
+    """Returns this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def process_count() -> int:
+    """Returns the number of processes of this run."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -50,7 +52,7 @@ def is_main() -> bool:
 
 
 def gathered(value) -> list:
-    """Returns the value of every process, in order of their numbers."""
+    """Returns every process's `value`, in order of their numbers; all must call it."""
     values = [value] * process_count()
     if process_count() > 1:
         dist.all_gather_object(values, value)
@@ -67,7 +69,7 @@ def summed(numbers: list[float], device: str) -> list[float]:
 
 
 def joined(items: list) -> list:
-    """Returns the list of which each process filled in its share and left None elsewhere."""
+    """Merges the processes' lists: each has filled in its own items and left None elsewhere."""
     return [next((item for item in column if item is not None), None)
             for column in zip(*gathered(items))]
 
@@ -75,7 +77,7 @@ def joined(items: list) -> list:
 def own_parts(batch: list, parts: int) -> list[list]:
     """Cuts a batch into `parts` slices for each process; returns those of this process.
 
-    The slices are contiguous, and of equal length but for one.
+    The slices keep the batch's order. Their lengths differ by at most one.
     """
     n = parts * process_count()
     cuts = [i * len(batch) // n for i in range(n + 1)]
@@ -87,10 +89,10 @@ def own_parts(batch: list, parts: int) -> list[list]:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Gives every process the sum of all processes' gradients; None where no process has one.
 
-    A sum, and not the average of DistributedDataParallel. The average would need a loss N times as
-    large, and Dual LoRA's clip would cut its gradients elsewhere. The sum is taken in order of
-    process, as one process adds up its micro-batches. Where a gradient is nearly 0, Adam makes
-    whole steps of a rounding, and all_reduce rounds in an order of its own.
+    DistributedDataParallel takes the average. That would need a loss N times as large, and Dual
+    LoRA's clip would then cut at another size. The gradients are added in the order of the
+    processes, as one process adds up its micro-batches. all_reduce adds in another order, which
+    rounds differently. If a gradient is nearly 0, Adam turns such a rounding into a full step.
     """
     if process_count() == 1:
         return
@@ -105,12 +107,15 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sum_bucket(parameters: list[nn.Parameter]) -> None:
-    """Sends the gradients in one flat tensor, behind a mark for each that says whether it is."""
+    """Sums the gradients of some parameters, sent as one flat tensor.
+
+    It begins with a mark for each parameter: 1 if the process has a gradient for it, else 0.
+    """
     marks = parameters[0].new_tensor([p.grad is not None for p in parameters])
-    own = torch.cat([marks, *(torch.zeros_like(p).flatten() if p.grad is None else
-                              p.grad.flatten() for p in parameters)])
-    parts = [torch.empty_like(own) for _ in range(process_count())]
-    dist.all_gather(parts, own)
+    flat = torch.cat([marks, *(torch.zeros_like(p).flatten() if p.grad is None else
+                               p.grad.flatten() for p in parameters)])
+    parts = [torch.empty_like(flat) for _ in range(process_count())]
+    dist.all_gather(parts, flat)
     total = parts[0]
     for part in parts[1:]:
         total += part

@@ -1,14 +1,14 @@
-"""The folder of a run: what is written there, and how a stopped run goes on from it.
+"""Keeps the folder of a run, from which a stopped run goes on.
 
-config.json          the resolved flags, and what they were applied to
-log.jsonl            a line a step
-checkpoint.pt        all that training changes, of finite weights
+config.json          the flags, the fingerprints of model and data, the scores before training
+log.jsonl            a line for each step
+checkpoint.pt        all that training changes, written only if it is finite
 adapter.safetensors  the trained adapters
 snapshots/           with --snapshot-every: the adapters after so many steps, <step>.safetensors
-result.json          the scores before and after: here the run is finished
-Each is written under a temporary name, flushed and renamed, except log.jsonl, which grows a line a
-step. Several processes share the folder, and the first writes. Two runs cannot work in one folder
-at a time. --overwrite renames an older run to NAME.old.
+result.json          the scores before and after; once it is there, the run is finished
+Each file but log.jsonl is written under a temporary name, flushed and renamed. Several processes
+share the folder, and the first writes. Two runs cannot work in one folder at a time. --overwrite
+renames an older run to NAME.old.
 """
 import hashlib
 import itertools
@@ -42,7 +42,7 @@ FILES = ("result.json", "adapter.safetensors", CHECKPOINT, "log.jsonl")     # an
 
 
 class Flags(Namespace):
-    """The flags of a run with nothing left open; they cannot be changed."""
+    """Holds the flags of a run, all filled in; they cannot be changed."""
 
     def __init__(self, **flags):
         self.__dict__.update(flags)
@@ -52,17 +52,17 @@ class Flags(Namespace):
 
 
 class Run:
-    """The files of a run; of several processes the first writes them."""
+    """Writes and reads the files of a run; with several processes only the first one writes."""
 
     def __init__(self):
         self.folder: Path | None = None
         self.lock: int | None = None
 
     def claim(self, args: Namespace) -> None:
-        """Makes --out, or a new folder under runs/, and locks it until release() or our end.
+        """Makes --out, or a new folder under runs/, and locks it until release().
 
-        With --overwrite a run that stands there is set aside. Raises UserError if another process
-        works there, or has done so since the flags were checked.
+        With --overwrite an older run is set aside. Raises UserError if another process works in
+        the folder, or has begun a run there since the flags were checked.
         """
         folder = None
         if is_main():
@@ -87,14 +87,15 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Says whether the run can be resumed."""
+        """Says whether the run has its config.json, so that it can be resumed."""
         return self.folder is not None and (self.folder / "config.json").exists()
 
     def note(self, **more) -> None:
-        """Adds to config.json, or begins it."""
+        """Adds entries to config.json; the first call makes the file."""
         self.write("config.json", (read_config(self.folder) if self.begun else {}) | more)
 
     def write(self, name: str, content: dict) -> None:
+        """Writes a JSON file; raises ValueError for NaN or infinity."""
         if is_main():
             with atomic_write(self.folder / name) as path:
                 path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n",
@@ -107,7 +108,7 @@ class Run:
                 file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def checkpoint(self, model, optimizer, step: int) -> None:
-        """Writes all that training changes, with the random state of every process."""
+        """Writes checkpoint.pt: what training changes, and every process's random state."""
         states = gathered(rng_states(model))
         if is_main():
             with atomic_write(self.folder / CHECKPOINT) as path:
@@ -119,27 +120,28 @@ class Run:
             save(model, self.folder / SNAPSHOTS / f"{step:06d}.safetensors")
 
     def identity(self) -> str:
+        """Returns the sha256 of config.json, by which a checkpoint knows its run."""
         return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
 
     def restore(self, model, optimizer) -> int:
-        """Puts everything back as the checkpoint has it; returns the step to go on from.
+        """Loads the checkpoint; returns the step to go on from, 0 if there is no checkpoint.
 
-        That is 0 if there is no checkpoint. Raises UserError if it is damaged or another run's.
+        Raises UserError if the checkpoint is damaged or another run's.
         """
         path, step = self.folder / CHECKPOINT, 0
         if path.exists():
             try:
                 step = read_checkpoint(path, model, optimizer, self.identity())
-            except Exception as error:      # a broken file can break its reader in any way
+            except Exception as error:      # a damaged file can raise anything in its reader
                 raise UserError(f"{path}: cannot resume from it: {str(error)[:200]}") from error
         if is_main():
-            for left_over in self.folder.glob(".*.tmp"):            # by a process that was killed
-                left_over.unlink()
+            for temporary in self.folder.glob(".*.tmp"):        # a killed process left it
+                temporary.unlink()
             self.cut_log(step)
         return step
 
     def cut_log(self, step: int) -> None:
-        """Leaves the lines of the first `step` steps."""
+        """Cuts log.jsonl to the first `step` steps."""
         log = self.folder / "log.jsonl"
         lines = log.read_bytes().splitlines(True)[:step] if log.exists() else []
         with atomic_write(log) as temporary:
@@ -147,9 +149,9 @@ class Run:
 
 
 def set_aside(out: str) -> None:
-    """Renames the run in `out` to NAME.old; an older NAME.old goes.
+    """Renames the run in `out` to NAME.old; an older NAME.old is deleted.
 
-    Raises UserError if another process works in one of them, or NAME.old is no run.
+    Raises UserError if another process works in either folder, or if NAME.old is no run.
     """
     old, lock = Path(f"{os.path.normpath(out)}.old"), locked(out)
     try:
@@ -171,7 +173,7 @@ def snapshots(folder: str | Path) -> list[Path]:
 
 
 def folders(args: Namespace) -> Iterator[str]:
-    """Yields --out; without it runs/<task>-<method>-r<rank>-s<seed>, -2, -3, ... that are free."""
+    """Yields --out, or else free names: runs/<task>-<method>-r<rank>-s<seed>, then -2, -3, ..."""
     if args.out is not None:
         yield args.out
         return
@@ -183,9 +185,10 @@ def folders(args: Namespace) -> Iterator[str]:
 
 
 def locked(folder: str) -> int | None:
-    """Opens the folder with a lock, which the system takes away when we end, however we end.
+    """Locks the folder; returns the open file that holds the lock, None where there are no locks.
 
-    Raises UserError if another process holds it.
+    The system frees the lock when the process ends, even if it is killed. Raises UserError if
+    another process holds it.
     """
     try:
         import fcntl
@@ -208,12 +211,13 @@ def unlock(lock: int | None) -> None:
 
 
 def visible(folder: str | Path) -> list[Path]:
+    """Lists the files in a folder, without hidden ones; empty if there is no folder."""
     return list(Path(folder).glob("[!.]*"))
 
 
 def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
-    """Puts everything back as it was; returns the number of steps done."""
-    with zipfile.ZipFile(path) as file:     # torch does not look at the checksums it writes
+    """Loads model, optimizer and random state; returns the number of steps done."""
+    with zipfile.ZipFile(path) as file:     # torch writes checksums, but does not read them
         if file.testzip() is not None:
             raise ValueError(f"{file.testzip()} in it is damaged")
     saved = torch.load(path, weights_only=True)
@@ -235,7 +239,7 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
 
 
 def rng_states(model) -> list:
-    """Returns what dropout draws from: the CPU's state, and the GPU's where the model is on one."""
+    """Returns the random state of the CPU; if the model is on a GPU, also the GPU's."""
     device = next(model.parameters()).device
     on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_gpu]
@@ -243,9 +247,9 @@ def rng_states(model) -> list:
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C, or a scheduler's SIGTERM, has come.
+    """Yields a function that says whether Ctrl-C or SIGTERM (a scheduler's) has come.
 
-    So a run can stop between two steps. A second request acts at once, as usual.
+    So a run can stop between two steps. A second request ends the program at once.
     """
     came = []
 
@@ -263,9 +267,9 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 # ---- what a run was
 def read_config(folder: str | Path) -> dict:
-    """Reads config.json: flags, versions, the score before training, what the run began with.
+    """Reads a run's config.json: flags, versions, fingerprints, scores before training.
 
-    Raises UserError if there is none, or one that no run of this version wrote.
+    Raises UserError if there is none, or if no run of this version wrote it.
     """
     path = Path(folder) / "config.json"
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
@@ -296,34 +300,36 @@ def read_config(folder: str | Path) -> dict:
 
 
 def read_flags(folder: str | Path) -> Flags:
+    """Reads the flags of a run; raises UserError as read_config() does."""
     return Flags(**read_config(folder)["args"])
 
 
 def finished(folder: str | Path) -> bool:
+    """Says whether a run has its adapters and its result."""
     return all((Path(folder) / name).exists() for name in ("result.json", "adapter.safetensors"))
 
 
 def saved_flags(given: Namespace) -> Flags:
-    """Returns the flags of the run in --out.
+    """Returns the flags that the run in --out began with.
 
-    Raises UserError if a flag was given, too, and is not the run's own.
+    Raises UserError if a flag was given with another value.
     """
     saved = read_flags(given.out)
     for name in sorted(given.given - {"out", "resume", "overwrite"}):
         if name not in saved:
             raise UserError(f"{given.out}/config.json: has no {name}")
-        value, own = getattr(given, name), getattr(saved, name)
-        if value != own and not same_path(value, own):
-            raise UserError(f"{flag(name)} {value}: the run has {own}, and a resumed run keeps its "
-                            f"own flags")
+        value, began = getattr(given, name), getattr(saved, name)
+        if value != began and not same_path(value, began):
+            raise UserError(f"{flag(name)} {value}: the run has {began}, and a resumed run keeps "
+                            f"its own flags")
     return saved
 
 
 def resumed(given: Namespace) -> Flags:
     """Returns the flags of the run in --out, to go on with.
 
-    If the run is finished and was asked for as a whole, with its method, the program ends well.
-    Raises UserError as saved_flags() does, or if there is nothing to resume.
+    If the run is finished, a command that names its method ends with status 0, so it may be
+    repeated. Any other raises UserError. Raises UserError as saved_flags() does, too.
     """
     saved = saved_flags(given)
     if finished(given.out):
@@ -339,7 +345,7 @@ def same_path(a, b) -> bool:
 
 
 def check_same(folder: str, **now) -> None:
-    """Raises UserError if something that the run in the folder began with is another now."""
+    """Raises UserError if a value in `now` differs from what the run began with."""
     began = read_config(folder)
     for name, value in now.items():
         if began.get(name) != value:
@@ -350,19 +356,18 @@ def check_same(folder: str, **now) -> None:
 def weights_dtype(dtype: str, method: str | None) -> torch.dtype:
     """Returns the dtype of the base model.
 
-    Weights that train themselves stay float32: bf16's 8 bits would round a small learning rate's
-    steps away.
+    Weights that train stay float32: bf16 has 8 bits, and would round small steps to none.
     """
     return torch.float32 if method == "full" else PRECISIONS[dtype]
 
 
 def check_base(folder: str, model, dtype: torch.dtype) -> None:
-    """Raises UserError if the model is not the one whose adapters the run trained."""
+    """Raises UserError if the model is not the one that the run began with."""
     check_same(folder, base=fingerprint(model.state_dict(), dtype))
 
 
 def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
-    """Puts the run's adapters, trained or as in a snapshot, into its base model.
+    """Puts the run's trained adapters into its base model, or those of a snapshot.
 
     Raises UserError if they are another run's.
     """
@@ -375,9 +380,9 @@ def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> No
 
 
 def fingerprint(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> str:
-    """Returns the sha256 of each tensor's name, shape and some 1,000 of its numbers, in that dtype.
+    """Returns one sha256 of all tensors: names, shapes and about 1,000 numbers of each, as dtype.
 
-    The numbers are at even distances; to read all of a 7B model would take 40 seconds.
+    The numbers stand at even distances. To read all of a 7B model would take 40 seconds.
     """
     digest = hashlib.sha256(str(dtype).encode())
     for name, tensor in sorted(tensors.items()):

@@ -1,4 +1,4 @@
-"""Copies of the small checkpoints, to change; and what every test of them asks."""
+"""Copies the small checkpoints for tests to change, and holds checks that these tests share."""
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +13,7 @@ from support.errors import UserError
 
 
 def copy_of(family: str, top: Path, **config) -> Path:
-    """A copy of a family's checkpoint under `top`, with `config` changed."""
+    """Copies a family's checkpoint to a folder under `top`, and changes its config."""
     place = Path(shutil.copytree(checkpoint(family)[1], top / "copy", dirs_exist_ok=True))
     edit(place / "config.json", **config)
     return place
@@ -34,6 +34,7 @@ def write(place: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def refusal(call, *arguments, **options) -> str:
+    """Asserts that a call raises UserError with one short line; returns that line."""
     with pytest.raises(UserError) as caught:
         call(*arguments, **options)
     assert "\n" not in str(caught.value)

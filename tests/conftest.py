@@ -14,12 +14,12 @@ from formats.checkpoint import load_pretrained
 ROOT = Path(__file__).parents[1]
 NEEDED = "needs public files"
 BASE = ROOT / "data" / "base"
-# Public files, where they are: LORA_TEST_DATA names another place.
+# The folder of public files; LORA_TEST_DATA names another one.
 SHARED = Path(os.environ.get("LORA_TEST_DATA", ROOT.parent / "shared" / "data"))
 
 
 def needs(place: Path):
-    """A mark: the test is skipped where the public files of `place` are not there."""
+    """Makes a mark that skips a test if a public file or folder is not there."""
     return pytest.mark.skipif(not place.exists(), reason=NEEDED)
 
 
@@ -33,38 +33,41 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def base():
-    """-> the model that ships and its tokenizer, read once: whoever changes one loads its own."""
+    """Returns data/base and its tokenizer, read once; a test that changes one loads its own."""
     return load_pretrained(BASE)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Threads cost small matrices more than they give, and sum in another order on another
-    machine; for the whole session, since fixtures train, too."""
+    """Computes on one thread, in the whole session, since fixtures train too.
+
+    More threads are slower on small matrices, and sum in an order that depends on the machine.
+    """
     torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def a_seed():
-    """Keeps a test from flickering."""
+    """Gives each test the same random numbers in every session."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def empty_folder(tmp_path, monkeypatch):
-    """The test runs in a folder of its own."""
+    """Runs the test in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
 def items(empty_folder):
+    """Writes a file of examples; returns the flags of a run on it."""
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     return ["--task", "jsonl", "--data", "items.jsonl", "--out", "run"]
 
 
 @pytest.fixture
 def scored(monkeypatch):
-    """The splits of jsonl that score() is asked for, in order."""
+    """Lists the splits of jsonl that score() is called with, in order."""
     asked, real = [], Text.score
 
     def score(task, model, examples):
@@ -76,7 +79,7 @@ def scored(monkeypatch):
 
 @pytest.fixture(scope="session")
 def plain(tmp_path_factory):
-    """method -> the folder of its run with SHORT, made once for all tests: none writes there."""
+    """Returns method -> the folder of its run with SHORT, made once; no test may write there."""
     @functools.cache
     def folder_of(method: str) -> Path:
         folder = tmp_path_factory.mktemp("plain") / "run"

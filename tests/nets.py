@@ -1,4 +1,4 @@
-"""A small network for tests of the methods, and a loop that trains it."""
+"""Defines a small network for tests of the methods, and a loop that trains it."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -6,8 +6,6 @@ from torch import nn
 from methods import METHODS, contract, inject, param_groups
 
 ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
-
-
 STEPS = 12
 
 
@@ -22,7 +20,10 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Targets at the root, nested, in a ModuleList; one module at two paths; a tied weight."""
+    """Has what injection must handle.
+
+    That is targets at the root and in a ModuleList, a module at two paths, and a tied weight.
+    """
 
     def __init__(self):
         super().__init__()
@@ -42,23 +43,26 @@ class Net(nn.Module):
 
 
 def net(dtype=torch.float32, seed=0):
+    """Makes a Net with the weights of a seed."""
     torch.manual_seed(seed)
     return Net().to(dtype)
 
 
 def injected(method, dtype=torch.float32, **kwargs):
+    """Makes a Net with adapters on every q and v."""
     torch.manual_seed(1)
     return inject(net(dtype), method, ["q", "v"], **dict(rank=4, alpha=8) | kwargs)
 
 
 def data(n=16):
+    """Draws tokens and targets, the same at each call."""
     generator = torch.Generator().manual_seed(2)
     return (torch.randint(11, (n,), generator=generator),
             torch.randint(11, (n,), generator=generator))
 
 
 def train(model, steps=STEPS, lr=0.01):
-    """The loop of train.py: backward, step, on_step, zero_grad."""
+    """Trains as train.py does: backward, step, on_step, zero_grad."""
     method, layers = contract(model)
     optimizer = torch.optim.AdamW(param_groups(model, lr))
     tokens, targets = data()

@@ -1,5 +1,7 @@
-"""Two ways to compute one layer, side by side; and our layers beside peft's, in float64: the same
-weights, batches and optimizer."""
+"""Compares a layer with its definition in plain autograd, and with the same layer in peft.
+
+Beside peft it trains both in float64, with the same weights, batches and optimizer.
+"""
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +18,8 @@ ADALORA = {"P": "lora_B.default", "lam": "lora_E.default", "Q": "lora_A.default"
 
 
 class Net(nn.Module):
-    """Two targets, and a loss in the output, where peft's AdaLoRA adds its penalty."""
+    """Has two targets, and returns an object with a loss, to which peft's AdaLoRA adds its penalty.
+    """
 
     def __init__(self):
         super().__init__()
@@ -29,7 +32,7 @@ class Net(nn.Module):
 
 
 def gradients(layer, forward, x, g):
-    """[output, gradient of x and of each parameter of the layer] of one way to compute it."""
+    """Returns the output of `forward`, the gradient of x, and that of each parameter."""
     x = x.clone().requires_grad_()
     layer.zero_grad()
     y = forward(x)
@@ -38,8 +41,10 @@ def gradients(layer, forward, x, g):
 
 
 def assert_follows(layer, naive, x, g):
-    """Asserts that the layer, and its merged weight, give the output and all gradients of
-    naive(layer, x), the definition in plain autograd; returns these."""
+    """Asserts that the layer has the output and all gradients of its definition; returns these.
+
+    naive(layer, x) is the definition, in plain autograd. The merged weight must give them too.
+    """
     right = gradients(layer, lambda x: naive(layer, x), x, g)
     for forward in (layer, lambda x: AdapterLinear.forward(layer, x)):
         for mine, expected in zip(gradients(layer, forward, x, g), right):

@@ -1,4 +1,4 @@
-"""Small random checkpoints of every family, written by transformers, to compare with."""
+"""Makes small random checkpoints of every family with transformers, to compare with."""
 import functools
 import tempfile
 from pathlib import Path
@@ -40,8 +40,11 @@ CONFIGS = {
 
 
 def random_model(name: str):
-    """A transformers model whose every weight, norms and biases too, is drawn anew, so that a
-    tensor in the wrong place cannot go unseen; large enough to write many different tokens."""
+    """Makes a transformers model in which every weight is random, those of norms and biases too.
+
+    So no tensor in the wrong place goes unseen. The weights are large, so that the model writes
+    many different tokens.
+    """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
     for key, parameter in model.named_parameters():
@@ -53,12 +56,12 @@ def random_model(name: str):
     return model
 
 
-FOLDERS = []            # kept, since each is deleted with its object: at the end of the test run
+FOLDERS = []            # keeps the objects: a folder is deleted when its object is
 
 
 @functools.cache
 def checkpoint(name: str):
-    """-> the transformers model, its folder on disk, and ours read from it."""
+    """Returns the transformers model, its folder on disk, and our model read from there."""
     theirs = random_model(name)
     FOLDERS.append(tempfile.TemporaryDirectory(prefix="checkpoint"))
     folder = Path(FOLDERS[-1].name)
@@ -68,5 +71,5 @@ def checkpoint(name: str):
 
 
 def some_tokens(batch: int = 3, length: int = 20) -> torch.Tensor:
-    """(batch, length), without the special tokens 0, 1, 2."""
+    """Draws tokens (batch, length), without the special tokens 0, 1, 2."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))

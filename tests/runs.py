@@ -1,4 +1,4 @@
-"""Runs for tests: short ones, what they stored, and how a wrong command ends."""
+"""Helps tests make short runs, read their results and check how a wrong command ends."""
 import json
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from data.task import Setup
 from methods import METHODS
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
-# Every method; all but two among the slow tests.
+# Every method; all but two are marked slow.
 FEW_QUICK = [method if method in ("lora", "dual") else pytest.param(method, marks=pytest.mark.slow)
              for method in METHODS]
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
@@ -21,7 +21,7 @@ def result_of(folder: str) -> dict:
 
 
 def assert_eval_repeats(capsys, *flags: str) -> None:
-    """eval.py, run on its own, prints the score that the run in the folder `run` stored."""
+    """Asserts that eval.py prints the score that the run in the folder `run` stored."""
     capsys.readouterr()
     evaluation.main(["--run", "run", *flags])
     shown = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:])
@@ -29,7 +29,7 @@ def assert_eval_repeats(capsys, *flags: str) -> None:
 
 
 def refused(capsys, *flags: str, main=train.main) -> str:
-    """The one line that a wrong command ends with."""
+    """Runs a wrong command; returns the one line that it ends with."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(list(flags))
@@ -39,5 +39,5 @@ def refused(capsys, *flags: str, main=train.main) -> str:
 
 
 def setup_of(model=None, tokenizer=None, max_length=256, **more) -> Setup:
-    """What a task is built with; without a model where a test scores nothing."""
+    """Makes the Setup of a task; a test that scores nothing needs no model."""
     return Setup(tokenizer, model and model.config, max_length, **more)

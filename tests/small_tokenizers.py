@@ -1,4 +1,4 @@
-"""Small tokenizers of every published layout, trained here on one text, to compare with."""
+"""Trains small tokenizers of every published layout on one text, to compare with."""
 import base64
 import json
 import tempfile
@@ -53,7 +53,7 @@ SPLITTERS = {
 }
 
 
-FOLDERS = []            # kept, since each is deleted with its object: at the end of the test run
+FOLDERS = []            # keeps the objects: a folder is deleted when its object is
 
 
 def new_folder() -> Path:
@@ -63,8 +63,10 @@ def new_folder() -> Path:
 
 @cache
 def trained_json(kind: str, all_bytes: bool = True) -> str:
-    """The tokenizer.json of a tokenizer with this pre-tokenizer, trained on CORPUS; SPECIAL are
-    its last tokens."""
+    """Returns the tokenizer.json of a tokenizer trained on CORPUS; SPECIAL are its last tokens.
+
+    `kind` names its pre-tokenizer.
+    """
     reference = Tokenizer(models.BPE())
     reference.pre_tokenizer, reference.decoder = SPLITTERS[kind], decoders.ByteLevel()
     alphabet = pre.ByteLevel.alphabet() if all_bytes else []
@@ -98,7 +100,7 @@ def agree(mine, reference, text):
 
 
 def rank_lines(*last):
-    """A rank file of the 256 bytes and the lines `last`."""
+    """Returns a rank file: a line for each of the 256 bytes, then the lines `last`."""
     single = [f"{base64.b64encode(bytes([i])).decode()} {i}" for i in range(256)]
     return "\n".join([*single, *last])
 
@@ -113,7 +115,7 @@ def json_pair(kind: str, all_bytes: bool = True):
 
 
 def save_vocab_merges(kind, folder, special=()):
-    """-> the folder, with vocab.json and merges.txt, and the number of its tokens."""
+    """Writes vocab.json and merges.txt; returns their folder and the number of tokens."""
     model = json.loads(trained_json(kind))["model"]
     vocab = model["vocab"] | {text: len(model["vocab"]) + i for i, text in enumerate(special)}
     merges = "".join(" ".join(m) + "\n" for m in model["merges"])

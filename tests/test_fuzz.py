@@ -1,7 +1,7 @@
-"""Whatever stands in a file, its reader gives a result or one clear line (UserError).
+"""Checks that a reader of any damaged file gives a result or one clear line (UserError).
 
-Each example damages a file that is right: bytes flipped, cut, doubled; or, where it is JSON, a
-value somewhere in it replaced. FUZZ=5000 pytest tests/test_fuzz.py tries that many for each file.
+Each example damages a good file: bytes are flipped, cut or doubled, or a value in JSON is replaced.
+FUZZ=5000 pytest tests/test_fuzz.py tries 5,000 examples of each file.
 """
 import copy
 import json
@@ -45,7 +45,7 @@ pytestmark = pytest.mark.slow
 
 @st.composite
 def damaged(draw, content: bytes) -> bytes:
-    """Up to three wounds."""
+    """Damages bytes in up to three places."""
     data = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         at = draw(st.integers(0, len(data)) | st.integers(0, min(len(data), 200)))
@@ -67,7 +67,7 @@ def damaged(draw, content: bytes) -> bytes:
 
 @st.composite
 def altered(draw, value):
-    """JSON with one or two of its parts replaced, left out or added."""
+    """Replaces, leaves out or adds one or two parts of a JSON value."""
     value = copy.deepcopy(value)
     for _ in range(draw(st.integers(1, 2))):
         here, depth = value, draw(st.integers(1, 6))
@@ -103,7 +103,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """A folder of files that are right, for every reader."""
+    """Makes a folder of good files for every reader."""
     top = tmp_path_factory.mktemp("right")
     for name, config in CONFIGS.items():
         model = Transformer(config).init_weights()
@@ -115,7 +115,7 @@ def files(tmp_path_factory):
 
 
 def folder_with(folder: Path, name: str, content: bytes) -> tempfile.TemporaryDirectory:
-    """A copy of a folder of small files in which one of them holds something else."""
+    """Copies a folder of small files, with other content in one of them."""
     place = tempfile.TemporaryDirectory(prefix="fuzz")
     for path in folder.iterdir():
         if path.is_file():
@@ -127,7 +127,7 @@ def folder_with(folder: Path, name: str, content: bytes) -> tempfile.TemporaryDi
 
 
 def header(content: bytes) -> tuple[dict, bytes]:
-    """A safetensors file's JSON header, and what follows."""
+    """Splits a safetensors file into its JSON header and the bytes after it."""
     size, = struct.unpack("<Q", content[:8])
     return json.loads(content[8:8 + size]), content[8 + size:]
 
@@ -236,7 +236,7 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
     model = inject(load_pretrained(files / "llama")[0], "lora", ["q"], rank=2)
     optimizer = torch.optim.AdamW(param_groups(model, 0.1))
     with tempfile.TemporaryDirectory() as place:
-        args = vars(flags_of_train.parse(["--method", "dora"]))
+        args = vars(flags_of_train.parse_flags(["--method", "dora"]))
         args.pop("given")
         args |= dict(lr=0.01, steps=9, batch_size=2, warmup=0, eval_every=3, loss_on="answer",
                      max_length=64, command="python train.py --method dora")
@@ -256,13 +256,13 @@ def test_any_checkpoint_and_any_config_of_a_run(files, data):
 
 
 def reread(folder):
-    """What --resume makes of a config.json before it loads anything."""
-    return run.resumed(flags_of_train.parse(["--resume", "--out", folder]))
+    """Reads config.json as --resume does, before it loads anything."""
+    return run.resumed(flags_of_train.parse_flags(["--resume", "--out", folder]))
 
 
 # ---- tokenizers
 def spec() -> dict:
-    """A byte-level tokenizer.json of a few merges."""
+    """Makes a byte-level tokenizer.json of a few merges."""
     letters = [chr(i) for i in range(33, 127)] + ["Ġ"]
     merges = ["a b", "Ġ a", "c d", "ab cd"]
     tokens = letters + [m.replace(" ", "") for m in merges]

@@ -1,4 +1,4 @@
-"""generate against transformers' generate on random checkpoints, and by hand."""
+"""Checks generate against transformers' generate on random checkpoints, and by hand."""
 import functools
 import math
 
@@ -17,7 +17,7 @@ NEVER = 10 ** 6           # as eos: a token that no model writes
 
 @functools.cache
 def prompts(count: int = 5, seed: int = 3) -> list[list[int]]:
-    """Of different lengths; no special tokens."""
+    """Draws prompts of different lengths, without special tokens."""
     chance = torch.Generator().manual_seed(seed)
     return [torch.randint(3, VOCAB, (length,), generator=chance).tolist()
             for length in torch.randint(1, 14, (count,), generator=chance).tolist()]
@@ -34,7 +34,7 @@ def by_transformers(model, batch, new, eos, **options) -> list[list[int]]:
 
 
 def frequent_eos(family, count: int = 3) -> list[int]:
-    """Tokens that the model likes to write: as eos they end texts at many different lengths."""
+    """Lists tokens that the model often writes: as eos they end texts at different lengths."""
     _, _, ours = checkpoint(family)
     written = [token for text in generate(ours, prompts(), 20, eos=[]) for token in text[3:]]
     return sorted(set(written), key=lambda token: -written.count(token))[:count]
@@ -199,7 +199,7 @@ def fixed(probabilities) -> torch.Tensor:
 
 
 def drawn(probabilities, top_p, temperature=1.0, times=2000) -> list[int]:
-    """How often each token is drawn."""
+    """Counts how often each token is drawn."""
     chance = torch.Generator().manual_seed(0)
     logits = fixed(probabilities).expand(times, -1)
     tokens = draw_tokens(logits, temperature, top_p, chance)

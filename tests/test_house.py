@@ -1,4 +1,4 @@
-"""The rules that keep the house in order, read from its own imports."""
+"""Checks the rules on which file may import which, and on the length of files."""
 import ast
 import sys
 from functools import cache
@@ -15,7 +15,7 @@ METHOD_FILES = ["lora", "dora", "adalora", "lora_dash", "dual_lora"]
 
 
 def files() -> dict[str, Path]:
-    """Module -> file, without the tests."""
+    """Returns module -> file, without the tests."""
     found = [*ROOT.glob("*.py"), *(path for folder in ("data", "support", "formats", "experiments")
                                    for path in (ROOT / folder).rglob("*.py"))]
     return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -24,7 +24,7 @@ def files() -> dict[str, Path]:
 
 @cache
 def imports(module: str) -> frozenset[str]:
-    """What a file imports, wherever in it: of the project the modules, of others the packages."""
+    """Lists a file's imports anywhere in it: modules of the project, and packages of others."""
     found, known = set(), files()
     for node in ast.walk(ast.parse(known[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

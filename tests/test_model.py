@@ -1,4 +1,4 @@
-"""Transformer against transformers on random checkpoints of every family, and by hand."""
+"""Checks Transformer against transformers on random checkpoints of every family, and by hand."""
 import json
 import math
 

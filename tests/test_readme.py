@@ -1,4 +1,4 @@
-"""What README.md and RESULTS.md say that a test can hold."""
+"""Checks what README.md and RESULTS.md say, as far as a test can."""
 import json
 import os
 import re

@@ -111,7 +111,7 @@ def test_metrics_of_several_sets_become_a_table(capsys):
 
 
 def test_two_steps_equal_adamw_by_hand(items):
-    """Clipping at norm 1, weight decay, the schedule, and LoRA+'s two rates are really applied."""
+    """Checks clipping at norm 1, weight decay, the schedule and LoRA+'s two rates."""
     train.main(["--method", "lora+", *items, "--steps", "2", "--batch-size", "4", "--warmup", "2",
                 "--lr", "0.01", "--lr-ratio", "3", "--weight-decay", "0.5"])
     model, tokenizer = load_pretrained(BASE)

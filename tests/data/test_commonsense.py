@@ -8,7 +8,7 @@ from runs import setup_of
 
 import train
 from data import load_task
-from data.commonsense import SETS, average, example, extract, option_texts, read_rows
+from data.commonsense import SETS, average_title, example_of_row, extract, option_texts, read_rows
 from formats.checkpoint import load_pretrained
 from methods import adapters, inject, merge
 from support.errors import UserError
@@ -120,18 +120,19 @@ def test_an_option_s_own_text_beats_its_number_and_case_tells_options_apart(text
 
 
 def test_the_input_of_a_row_stands_before_the_answer_format():
-    e = example(row() | {"input": "More to read."}, "{instruction}", "", "")
+    e = example_of_row(row() | {"input": "More to read."}, "{instruction}", "", "")
     assert e.prompt == "Is it so?\n\nMore to read.\n\nAnswer format: true/false"
 
 
 def test_a_row_becomes_a_prompt_a_target_and_a_choice_for_each_label():
-    e = example(row("Which?", TWO, "solution2", ["a\nb", "c: d"]), "<{instruction}>", "PIQA", "")
+    two = row("Which?", TWO, "solution2", ["a\nb", "c: d"])
+    e = example_of_row(two, "<{instruction}>", "PIQA", "")
     assert e.prompt == ("<Which?\n\nSolution1: a\nb Solution2: c: d\n\n"
                         "Answer format: solution1/solution2>")
     assert e.target == " the correct answer is solution2" and e.group == "PIQA"
     assert e.choices == (" the correct answer is solution1", " the correct answer is solution2")
     assert e.references == TWO and option_texts(e.prompt, TWO) == ("a\nb", "c: d")
-    assert option_texts(example(row(), "{instruction}", "", "").prompt, TRUTH) == ()
+    assert option_texts(example_of_row(row(), "{instruction}", "", "").prompt, TRUTH) == ()
 
 
 def folder_of(path, sets, train=("boolq",), rows=20):
@@ -156,7 +157,7 @@ def test_missing_sets_are_named_and_the_average_says_how_many_it_covers(base, tm
     assert scores.counts["accuracy/BoolQ"] == 20 and "unparsed/BoolQ" not in scores.counts
     assert scores.values["likelihood/Avg. of 2"] == pytest.approx(
         (scores.values["likelihood/BoolQ"] + scores.values["likelihood/PIQA"]) / 2)
-    assert average(8) == "Avg."
+    assert average_title(8) == "Avg."
     for line in scores.predictions:
         assert line["gold"] in TRUTH and (line["answer"] is None or line["answer"] in TRUTH)
         assert line["answer"] == extract(line["output"], TRUTH)
@@ -254,7 +255,7 @@ def test_every_real_gold_output_is_parsed_and_right(name):
         pytest.skip(f"{name} is not here")
     for file in sorted((REAL / name).glob("*.json")):
         for i, item in enumerate(read_rows(file), 1):
-            e = example(item, "{instruction}\n\nResponse:", name, f"{file}, row {i}")
+            e = example_of_row(item, "{instruction}\n\nResponse:", name, f"{file}, row {i}")
             options = option_texts(e.prompt, e.references)
             assert extract(e.target, e.references, options) == item["answer"]
             assert bool(options) == (name != "boolq")

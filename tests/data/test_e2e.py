@@ -113,7 +113,7 @@ def test_meteor_by_hand(monkeypatch):
 
 def test_meteor_is_left_out_without_wordnet(monkeypatch, capsys):
     monkeypatch.setattr("nltk.corpus.wordnet", wordnet(LookupError()))
-    monkeypatch.setattr(e2e, "write", lambda *args, **options: ["a b c d"])
+    monkeypatch.setattr(e2e, "write_texts", lambda *args, **options: ["a b c d"])
     task = load_task("mini-e2e", setup_of())
     for _ in range(2):
         scores = task.score(None, [Example("p", " a", references=("a b c d",))])
@@ -295,7 +295,7 @@ def test_a_text_to_compare_with_may_be_longer_than_any_input(base, tmp_path):
 
 def test_an_item_is_scored_on_its_first_line(monkeypatch, mini):
     written = iter([" \n One line . \nAnother", "", "\n\n"])
-    monkeypatch.setattr(e2e, "write", lambda *args, **options: list(written))
+    monkeypatch.setattr(e2e, "write_texts", lambda *args, **options: list(written))
     items = [Example(prompt, " x", references=("One line .",)) for prompt in "abc"]
     rows = mini.score(None, items).predictions
     assert rows[0] == dict(prompt="a", output="One line .", references=["One line ."])
@@ -304,7 +304,7 @@ def test_an_item_is_scored_on_its_first_line(monkeypatch, mini):
 
 def test_texts_are_written_with_the_settings_of_the_paper(monkeypatch):
     asked = {}
-    monkeypatch.setattr(e2e, "write", lambda *args, **options: asked.update(options) or ["a"])
+    monkeypatch.setattr(e2e, "write_texts", lambda *args, **options: asked.update(options) or ["a"])
     task = load_task("mini-e2e", setup_of(), beams=10)
     task.score(None, [Example("p", " a", references=("a",))])
     # The prompt's own 4-grams must be free: a name in it can be longer than four tokens.

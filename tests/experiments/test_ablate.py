@@ -85,7 +85,7 @@ def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
 def test_a_command_can_be_given_again(capsys, monkeypatch):
     line, = listed(capsys, "--methods", "dual", "--lrs", "x1", "--out", "sweep", *SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report", lambda *_: exit("killed"))
+        patch.setattr(train, "finish", lambda *_: exit("killed"))
         with pytest.raises(SystemExit):
             train.main(line)
     train.main(line)
@@ -173,7 +173,7 @@ def test_a_sweep_of_every_task_that_needs_no_public_files_is_compared_and_drawn(
 # ---- what it makes of results, given by the test
 def finish(flags: list[str], valid: float, test: float) -> None:
     """Writes what train.py leaves of a finished run."""
-    args = flags_of_train.parse(flags)
+    args = flags_of_train.parse_flags(flags)
     model = inject(nn.ModuleDict({"q": nn.Linear(32, 32)}), args.method, ["q"], args.rank)
     task = Namespace(defaults={"steps": 4, "batch_size": 8}, train=[None] * 24, loss_on="answer",
                      setup=Namespace(max_length=256))
@@ -198,7 +198,7 @@ class Process:
     ran: list[Namespace] = []
 
     def __init__(self, command, stdout, **_):
-        self.args = flags_of_train.parse(command[2:])
+        self.args = flags_of_train.parse_flags(command[2:])
         Process.ran.append(self.args)
         try:
             finish(command[2:], *Process.score(self.args))

@@ -10,7 +10,7 @@ from support.errors import UserError
 
 
 def ada(n_in=6, n_out=5, rank=2, alpha=4.0, **kwargs):
-    """A layer in the middle of training: lam is not zero."""
+    """Makes a layer as in the middle of training: lam is not zero."""
     layer = AdaLoRALinear(nn.Linear(n_in, n_out), rank, alpha, **kwargs)
     for p in (layer.P, layer.lam, layer.Q):
         nn.init.normal_(p)
@@ -18,7 +18,7 @@ def ada(n_in=6, n_out=5, rank=2, alpha=4.0, **kwargs):
 
 
 def run(layers, steps, after=lambda step: None):
-    """A training run in which every gradient is random."""
+    """Trains with random gradients."""
     optimizer = torch.optim.AdamW([p for layer in layers for p in (layer.P, layer.lam, layer.Q)],
                                   lr=0.01)
     AdaLoRALinear.start(layers, steps)

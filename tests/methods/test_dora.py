@@ -10,7 +10,7 @@ from dora import DoRALinear
 
 
 def dora(n_in, n_out, rank=3, alpha=4.0, dtype=None, bias=True, **kwargs):
-    """A DoRA layer that has moved: B is not zero, and magnitude is not ||W0||."""
+    """Makes a layer as in the middle of training: B is not zero, magnitude is not ||W0||."""
     layer = DoRALinear(nn.Linear(n_in, n_out, bias, dtype=dtype), rank, alpha, **kwargs)
     with torch.no_grad():
         layer.B.normal_()
@@ -19,7 +19,7 @@ def dora(n_in, n_out, rank=3, alpha=4.0, dtype=None, bias=True, **kwargs):
 
 
 def naive(layer, x):
-    """Equation 5, word for word, in plain autograd."""
+    """Computes equation 5 as it stands, in plain autograd."""
     W = layer.base.weight + layer.alpha / len(layer.A) * layer.B @ layer.A
     norm = W.norm(dim=1, keepdim=True)
     W = layer.magnitude[:, None] * W / (norm if layer.norm_gradient else norm.detach())

@@ -24,7 +24,7 @@ from support.errors import UserError
 
 
 class NaiveSign(torch.autograd.Function):
-    """The paper's Sign, written once more and otherwise."""
+    """Computes the paper's Sign in another way than dual_lora.py."""
 
     @staticmethod
     def forward(ctx, x, clip):
@@ -38,7 +38,7 @@ class NaiveSign(torch.autograd.Function):
 
 
 def naive(layer, x):
-    """Section 3, word for word, in plain autograd."""
+    """Computes section 3 as it stands, in plain autograd."""
     r1, r2 = len(layer.A), len(layer.C)
     W = layer.base.weight + layer.warmup * (layer.alpha / math.sqrt(r1 * r2)) * (
         torch.relu(layer.B @ layer.A) * NaiveSign.apply(layer.D @ layer.C, layer.clip))
@@ -46,7 +46,7 @@ def naive(layer, x):
 
 
 def dual(n_in, n_out, rank=4, alpha=8.0, dtype=None, bias=True, **kwargs):
-    """A layer in the middle of training: all of the update is in use."""
+    """Makes a layer as in the middle of training, past the warm-up of its update."""
     kwargs = dict(update_warmup=0, init_std=0.5) | kwargs
     return DualLoRALinear(nn.Linear(n_in, n_out, bias, dtype=dtype), rank, alpha, **kwargs)
 

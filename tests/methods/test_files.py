@@ -44,7 +44,7 @@ def test_a_file_holds_its_settings_and_what_trains_and_no_more(method, tmp_path)
 
 
 def unfit(tmp_path, method):
-    """Files that do not fit: name -> path."""
+    """Writes files that do not fit; returns name -> path."""
     good = tmp_path / "good"
     save(injected(method), good)
     tensors = load_file(good)

@@ -11,7 +11,7 @@ from support.errors import UserError
 
 
 def filled(base, rank=4, alpha=8.0, **kwargs):
-    """A LoRA layer that has moved: B is not zero."""
+    """Makes a layer as in the middle of training: B is not zero."""
     layer = LoRALinear(base, rank, alpha, **kwargs)
     nn.init.normal_(layer.B)
     return layer
@@ -85,7 +85,7 @@ def test_only_a_linear_layer_can_be_the_base():
 
 def test_a_method_needs_only_delta_weight():
     class Shift(AdapterLinear):
-        """The smallest method: one number added to every weight."""
+        """Adds one number to every weight: the smallest method."""
 
         def __init__(self, *args):
             super().__init__(*args)

@@ -10,7 +10,7 @@ from support.errors import UserError
 
 
 def dash(n_in, n_out, rank=3, alpha=4.0, dtype=None, dashing=True, **kwargs):
-    """A layer in the middle of training."""
+    """Makes a layer as in the middle of training."""
     layer = LoRADashLinear(nn.Linear(n_in, n_out, dtype=dtype), rank, alpha, **kwargs)
     nn.init.normal_(layer.B)
     if dashing:
@@ -20,7 +20,7 @@ def dash(n_in, n_out, rank=3, alpha=4.0, dtype=None, dashing=True, **kwargs):
 
 
 def naive(layer, x):
-    """Section 4, word for word, in plain autograd: one direction after the other."""
+    """Computes section 4 in plain autograd, one direction after the other."""
     W = layer.base.weight + layer.alpha / len(layer.A) * layer.B @ layer.A
     for i in range(len(layer.coords)):
         W = W + layer.coords[i] * torch.outer(layer.U[:, i], layer.Vt[i])

@@ -88,7 +88,10 @@ def test_merging_into_bf16_rounds_the_sum_once(method):
 
 @pytest.mark.parametrize("method", ADAPTED)
 def test_merging_in_bf16_drifts_no_further_than_bf16_itself(method):
-    """Relative to the same model in float32; measured: 0.0045 to 0.0065, merged 0.0050 to 0.0057."""
+    """Compares with the same model in float32.
+
+    The relative errors are 0.0045 to 0.0065 as adapters, 0.0050 to 0.0057 merged.
+    """
     exact, low = train(injected(method)), injected(method, torch.bfloat16)
     tokens = torch.arange(11)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Three processes train the model that one trains with three times the micro-batches."""
+"""Checks that three processes train the same model as one with three times the micro-batches."""
 import json
 import os
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(train.__file__).parent
 FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "30", "--eval-batch-size", "16",
          "--eval-every", "4", "--save-every", "4", "--seed", "3"]
-# All runs of this file in one start of three processes, since a start takes seconds.
+# Three processes start once for all runs of this file, since a start takes seconds.
 DRIVER = f"""
 import pathlib, shutil, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -38,14 +38,14 @@ def kept(run, model, optimizer, step):
     if step == 4 and processes.is_main():
         shutil.copy(run.folder / "checkpoint.pt", "at4.pt")
 train.Run.checkpoint = kept
-report, train.report = train.report, stop
+finish, train.finish = train.finish, stop
 try: train.main(["--method", "lora", "--dropout", "0.2", "--out", "stopped", *{FLAGS!r}])
 except SystemExit: pass
 processes.gathered(0)
 if processes.is_main():         # as if killed after step 5, with the checkpoint of step 4
     pathlib.Path("at4.pt").replace("stopped/checkpoint.pt")
 processes.gathered(0)
-train.report = report
+train.finish = finish
 train.main(["--resume", "--out", "stopped"])
 eval.main(["--run", "lora", "--predictions", "scored.jsonl"])
 """
@@ -53,7 +53,7 @@ eval.main(["--run", "lora", "--predictions", "scored.jsonl"])
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """The folder in which three processes have left their runs."""
+    """Trains in three processes; returns the folder of their runs."""
     folder = tmp_path_factory.mktemp("three")
     (folder / "driver.py").write_text(DRIVER)
     done = subprocess.run(
@@ -66,7 +66,7 @@ def three(tmp_path_factory):
 
 
 def differences(a: Path, b: Path) -> torch.Tensor:
-    """Of all entries of the adapters."""
+    """Returns the absolute differences of all entries of two runs' adapters."""
     a, b = (load_file(folder / "adapter.safetensors") for folder in (a, b))
     assert a.keys() == b.keys()
     return torch.cat([(a[name] - b[name]).abs().flatten() for name in a])

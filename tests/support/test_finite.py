@@ -1,4 +1,4 @@
-"""No NaN and no infinity is read, trained on, merged or written without a word."""
+"""Checks that NaN and infinity are refused when read, trained on, merged or written."""
 import json
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def spoilt(source: Path, folder: str, name: str, value: float) -> str:
-    """A copy of a folder with one number of a safetensors file changed -> that tensor's name."""
+    """Copies a folder, changes one number of a safetensors file, returns that tensor's name."""
     shutil.copytree(source, folder)
     tensors = load_file(Path(folder, name))
     victim = sorted(tensors)[3]

@@ -1,4 +1,4 @@
-"""Results are saved first and printed after: what cannot be printed loses nothing."""
+"""Checks that a run whose output cannot be printed still saves its results."""
 import json
 import os
 import subprocess
@@ -21,7 +21,10 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 def run(script: str, flags: list[str], **options) -> int:
-    """The exit status of a command whose standard output is a closed pipe or what options say."""
+    """Runs a command; returns its exit status.
+
+    Its standard output is a closed pipe, unless the options name another.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
     process = subprocess.Popen([sys.executable, script, *flags], env=environment,
                                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options)

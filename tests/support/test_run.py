@@ -97,7 +97,7 @@ def stopped_once(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*STOPPED, "--out", "whole"])
-        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main([*STOPPED, "--out", "stopped"])
     return folder
@@ -105,7 +105,7 @@ def stopped_once(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stopped(stopped_once):
-    """A run of 6 steps in the folder `stopped` that ended before its result; the flags it had."""
+    """Copies a run of 6 steps that has no result yet to `stopped`; returns its flags."""
     shutil.copytree(stopped_once, ".", dirs_exist_ok=True)
     return STOPPED
 
@@ -141,7 +141,7 @@ def test_a_resumed_run_keeps_its_flags(stopped, capsys):
 def test_a_resumed_run_needs_the_model_and_the_data_it_began_with(items, capsys, monkeypatch):
     shutil.copytree(BASE, "model")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--model", "model"])
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS[::-1])))
@@ -189,7 +189,7 @@ def test_a_finished_run_that_lost_its_adapter_makes_it_again(stopped):
 
 @pytest.mark.slow
 def test_files_that_grow_too_large_for_the_disk_are_one_line_and_lose_nothing(stopped, capsys):
-    """As on a full disk, torch and safetensors report it each in a way of their own."""
+    """Limits the size of files: torch and safetensors report that in different ways."""
     kept = Path("stopped/checkpoint.pt").read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -250,7 +250,7 @@ def test_an_existing_folder_is_kept_and_set_aside_by_overwrite(capsys):
 
 
 def test_overwriting_spares_what_is_no_run(capsys):
-    """A model's folder has a config.json, too."""
+    """Uses the folder of a model, which has a config.json too."""
     shutil.copytree(BASE, "model")
     kept = {path.name: path.read_bytes() for path in Path("model").iterdir()}
     error = refused(capsys, "--method", "lora", "--out", "model", "--overwrite", *SHORT)
@@ -336,7 +336,7 @@ def test_a_disk_that_fills_up_in_a_log_line_is_one_line(monkeypatch, capsys):
 
 def test_a_changed_test_part_is_refused_by_resume_and_by_eval(items, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2"])
     changed = ITEMS[:-1] + [{"prompt": "Item 29 weighs", "target": " nothing."}]
@@ -361,7 +361,7 @@ def test_another_model_s_fingerprint_differs_though_a_sample_is_read():
 
 def test_the_score_before_is_computed_once_and_can_be_left_out(items, scored, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--eval-every", "9"])
     before = json.loads(Path("run/config.json").read_text())["before"]
