@@ -5,8 +5,8 @@
     python ablate.py --methods dual,lora --vary init-std=0.03,0.06 --vary alpha=16,32 --jobs 2
     python ablate.py --methods dual --one-at-a-time --vary clip=no --vary update-warmup=5,60
     python ablate.py --methods lora,dual --list > commands
-    parallel -j 4 < commands                        or xargs -d '\\n' -P 4 -I {} sh -c {} < commands
-    sh -c "$(sed -n ${SLURM_ARRAY_TASK_ID}p commands)"          in a Slurm array
+    parallel -j 4 < commands                      # or xargs -d '\\n' -P 4 -I {} sh -c {} < commands
+    sh -c "$(sed -n ${SLURM_ARRAY_TASK_ID}p commands)"        # in a Slurm array
 Other flags go to train.py. Each run has a folder of its own under --out. The same command can be
 given again at any time, even after kill -9: it skips finished runs and goes on with stopped ones.
 Two sweeps may share a folder; a run that the other sweep is making fails here.

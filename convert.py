@@ -1,8 +1,8 @@
 """Writes a run's adapters for other programs, and merges adapters of PEFT into their model.
 
-    python convert.py --run runs/NAME --to DIR          a run's model, merged, for transformers
-    python convert.py --run runs/NAME --peft DIR        its adapters, for PEFT
-    python convert.py --from-peft DIR --model PATH --to DIR2        PEFT's adapters, merged
+    python convert.py --run runs/NAME --to DIR        # a run's model, merged, for transformers
+    python convert.py --run runs/NAME --peft DIR      # its adapters, for PEFT
+    python convert.py --from-peft DIR --model PATH --to DIR2      # PEFT's adapters, merged
 To train on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
 
 In code, use load_pretrained, save_pretrained, export_peft and import_peft from formats/.

@@ -1,10 +1,10 @@
 """Scores a run or a model, or shows its answer to a prompt.
 
-    python eval.py --run runs/facts-dual-r8-s0             repeats the score that the run stored
+    python eval.py --run runs/facts-dual-r8-s0           # repeats the score that the run stored
     python eval.py --run runs/facts-dual-r8-s0 --prompt "Tilda Pelfield lives in"
-    python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl     writes every answer too
-    python eval.py --model data/base --task facts          a pretrained model as it is
-    torchrun --nproc-per-node 2 eval.py --model data/base --task mini      two processes share it
+    python eval.py --run runs/mini-dora-r8-s0 --predictions out.jsonl   # writes every answer too
+    python eval.py --model data/base --task facts        # a pretrained model as it is
+    torchrun --nproc-per-node 2 eval.py --model data/base --task mini    # two processes share it
 Every share has a 95 % confidence interval beside it (Wilson's). It comes from the number of items
 alone, and does not count how much runs of different seeds differ.
 """

@@ -30,7 +30,7 @@ from support.errors import UserError
 
 def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
     """Raises UserError unless `value` is a whole number from low to high."""
-    if not isinstance(value, int) or not low <= value <= high:
+    if type(value) is not int or not low <= value <= high:
         limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
         raise UserError(f"{name} must be a whole number {limits}, not {value!r}")
 
@@ -64,10 +64,10 @@ class AdapterLinear(nn.Module):
         if not isinstance(base, nn.Linear):
             raise UserError(f"an adapter needs an nn.Linear, not {type(base).__name__}")
         check_whole("rank", rank, 1, min(base.in_features, base.out_features))
-        if not 0 < alpha < math.inf:
-            raise UserError(f"alpha must be above 0 and finite, not {alpha}")
-        if not 0 <= dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, not {dropout}")
+        if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+            raise UserError(f"alpha must be above 0 and finite, not {alpha!r}")
+        if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, not {dropout!r}")
         for name in own.keys() - self.options.keys():
             raise UserError(f"{type(self).__name__} has no option {name}")
         self.base = base.requires_grad_(False)

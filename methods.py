@@ -132,8 +132,9 @@ def _of_each(value, paths: Iterable[str], name: str) -> dict:
         return dict.fromkeys(paths, value)
     odd = sorted(value.keys() ^ set(paths))
     if odd:
-        raise UserError(f"{name}: {odd[0]} is " + ("no adapted layer" if odd[0] in value else
-                                                   "missing: give every adapted layer"))
+        wrong = ("no adapted layer" if odd[0] in value else
+                 "missing: give the full path of every adapted layer")
+        raise UserError(f"{name}: {odd[0]} is {wrong}")
     return value
 
 
@@ -159,7 +160,9 @@ def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
              if path and ends_in(path, names)}
     for name in names:
         if not any(ends_in(path, [name]) for path in found):
-            raise UserError(f"whole: no module is named {name}")
+            known = {path.rpartition(".")[2] for path, _ in model.named_modules()} - {""}
+            raise UserError(f"whole: no module is named {name or '(nothing)'}: the model's are "
+                            + ", ".join(sorted(word for word in known if not word.isdigit())))
     for path in found:
         if inside := [other for other in sorted(adapted) if f"{other}.".startswith(f"{path}.")]:
             raise UserError(f"{inside[0]}: cannot be adapted and whole at once")

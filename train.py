@@ -1,11 +1,11 @@
 """Fine-tunes a pretrained model with one method of the LoRA family, and scores it.
 
-    python train.py --method dual                          about a minute on a laptop CPU
+    python train.py --method dual                        # about a minute on a laptop CPU
     python train.py --method lora --rank 2 --lr 1e-2 --seed 1
     python train.py --method dual --model PATH_OR_HUB_REPO --task jsonl --data FILE --epochs 3
     python train.py --method lora --model PATH --task text --data FILE --steps 200
-    python train.py --resume --out runs/facts-dual-r8-s0   goes on with a run that was stopped
-    torchrun --nproc-per-node 2 train.py --method dual     the same run in two processes
+    python train.py --resume --out runs/facts-dual-r8-s0  # goes on with a run that was stopped
+    torchrun --nproc-per-node 2 train.py --method dual   # the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in support/run.py.
 
 In the code, fit() is the training, prepare() makes what it needs, finish() writes the result.

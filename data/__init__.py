@@ -23,13 +23,13 @@ TASKS = {
     "jsonl": text.load_jsonl,
 }
 OPTIONS = {             # flag -> how argparse is to read it
-    "data": dict(metavar="FILE", help="tasks text and jsonl: the file of examples"),
-    "data_dir": dict(metavar="DIR", help="tasks commonsense, e2e, glue/...: the folder of files"),
-    "prompt_template": dict(metavar="FILE", help="tasks commonsense and mini: a text file with "
-                                                 "{instruction} in it (data/prompt.txt)"),
-    "rewrite_seed": dict(type=int, help="task facts: draws the facts to rewrite and their new "
-                                        "values (--seed)"),
-    "beams": dict(type=int, help="tasks that write text: beams of the search (1, greedy)"),
+    "data": dict(metavar="FILE", help="text, jsonl: read the examples from this file"),
+    "data_dir": dict(metavar="DIR", help="commonsense, e2e, glue/...: read this folder's files"),
+    "prompt_template": dict(metavar="FILE", help="commonsense, mini: put the question in place of "
+                                                 "{instruction} in this text (data/prompt.txt)"),
+    "rewrite_seed": dict(type=int, help="facts: draw the facts to rewrite, and their new values, "
+                                        "by this seed (the run's own)"),
+    "beams": dict(type=int, help="tasks that write text: search with N beams (1, greedy)"),
 }
 
 

@@ -1,6 +1,6 @@
 """Makes tasks `e2e` and `mini-e2e`: a text from a list of attributes, scored by several references.
 
-    python train.py --method lora --task mini-e2e                         about a minute
+    python train.py --method lora --task mini-e2e                       # about a minute
     python train.py --method lora --task e2e --data-dir DIR --model openai-community/gpt2-medium \\
         --targets q,v --rank 4 --alpha 32 --dropout 0.1 --lr 2e-4 --weight-decay 0.01 \\
         --warmup 500 --beams 10

@@ -68,13 +68,17 @@ def shares(groups: list[str], right: list[bool]) -> tuple[dict[str, float], dict
 
 
 def recall(model, setup: Setup, examples: list[Example]) -> Scores:
-    """Returns for each group the share of examples whose target greedy decoding writes exactly."""
+    """Returns for each group the share of examples whose target greedy decoding writes.
+
+    An example without a group counts as `exact`. The target may go on: eos is trained, not asked.
+    """
     sequences = [checked_sequence(encode(e, setup.tokenizer, setup.max_length, eos=False), setup)
                  for e in examples]
     right = [score.right for score in score_targets(model, sequences, setup.batch_size)]
-    rows = [dict(group=e.group, prompt=e.prompt, gold=e.target, right=r)
-            for e, r in zip(examples, right)]
-    return Scores(*shares([e.group for e in examples], right), rows)
+    groups = [e.group or "exact" for e in examples]
+    rows = [dict(group=group, prompt=e.prompt, gold=e.target, right=r)
+            for group, e, r in zip(groups, examples, right)]
+    return Scores(*shares(groups, right), rows)
 
 
 def choice_losses(model, setup: Setup, examples: list[Example]) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """Draws figures of what the methods learnt, from the folders of saved runs.
 
-    python -m experiments.analyze runs      every figure that these runs allow, into runs/figures
+    python -m experiments.analyze runs    # every figure that these runs allow, into runs/figures
     python -m experiments.analyze runs --figures loss,spectra --out assets
 
 The runs are those of a sweep (ablate.py). A figure of one rank takes the rank with the most runs;

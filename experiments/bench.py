@@ -1,8 +1,8 @@
 """Measures time and memory of every method, side by side, as ratios within one run.
 
-    python -m experiments.bench                     every part at its default sizes
-    python -m experiments.bench layer model --all   wider layers, a larger model too
-    python -m experiments.bench --device cuda --json out.json       the same on a GPU with 40 GB, in
+    python -m experiments.bench                   # every part at its default sizes
+    python -m experiments.bench layer model --all  # wider layers, a larger model too
+    python -m experiments.bench --device cuda --json out.json     # the same on a GPU with 40 GB, in
                                                     bf16: LLaMA 7B's layers, a model of 1 B (--all
                                                     adds nothing)
 The parts:

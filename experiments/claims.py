@@ -1,11 +1,11 @@
 """Runs what README.md's and RESULTS.md's results rest on, judges the claims, writes the tables.
 
-    python -m experiments.claims --jobs 2           all of it: five hours on two cores; the same
+    python -m experiments.claims --jobs 2         # all of it: five hours on two cores; the same
                                                     command goes on after a stop
-    python -m experiments.claims facts --jobs 2     one part
-    python -m experiments.claims plain --methods vera       README's row of a method that you added
+    python -m experiments.claims facts --jobs 2   # one part
+    python -m experiments.claims plain --methods vera     # README's row of a method that you added
                                                     to METHODS; `write` puts it there
-    python -m experiments.claims write              the tables and figures of the finished parts
+    python -m experiments.claims write            # the tables and figures of the finished parts
 
 Each part is a few sweeps of ablate.py, which describes how a learning rate is chosen. A run's seed
 also draws its facts. The part `choices` varies what the papers leave open, with as many trials for

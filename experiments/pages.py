@@ -84,8 +84,9 @@ def table_of_methods(old: str, runs: dict[str, list[SavedRun]]) -> str:
     known = {cells[0]: cells for cells in map(cells_of, rows)}
     columns, lines, seen = cells_of(head), [head, rule], set()
     for name, method in METHODS.items():
-        cells = known.get(f"`{name}`") or [f"`{name}`", equation_of(method.layer), "",
+        cells = known.get(f"`{name}`") or [f"`{name}`", "", "",
                                            *[NOT_MEASURED] * (len(columns) - 3)]
+        cells[1] = cells[1] or equation_of(method.layer)
         cells[2] = file_of(method.layer, with_length=method.layer not in seen)
         seen.add(method.layer)
         if name in runs:

@@ -1,7 +1,7 @@
 """Trains data/base, the small LLaMA-style model that ships, on text about the built-in world.
 
-    python -m experiments.pretrain                    the shipped base, from nothing
-    python -m experiments.pretrain --steps 200 --out /tmp/base  a quick look
+    python -m experiments.pretrain                  # the shipped base, from nothing
+    python -m experiments.pretrain --steps 200 --out /tmp/base  # a quick look
 A killed run goes on from its last checkpoint, since a step's text depends on the seed and the step
 alone. Each document stands alone in its row. The loss of a question counts its answer only.
 

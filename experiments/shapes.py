@@ -1,6 +1,6 @@
 """Draws the two schematic pictures, which need no runs: update shapes, and a training step.
 
-    python -m experiments.shapes --out assets       shapes.png and step.png, with their numbers
+    python -m experiments.shapes --out assets     # shapes.png and step.png, with their numbers
 
 shapes.png: the factors of each method's update to scale, for one layer of SIDE x SIDE at rank RANK.
 step.png: where the hooks of the methods stand in one step of train.py's loop.
@@ -130,8 +130,8 @@ def draw_shape(axes, method: str, found: dict) -> None:
     if method == "dora":
         block(axes, SIDE + GAP, 0, 1, SIDE, TRAINED)
         axes.text(SIDE + GAP + 4, SIDE / 2, symbol("m"), fontsize=12, va="center")
-    axes.text(-53, -95, "LoRA, LoRA+" if method == "lora" else LABELS[method], fontsize=17, weight="bold", va="center",
-              color=COLOURS[method])
+    title = "LoRA, LoRA+" if method == "lora" else LABELS[method]
+    axes.text(-53, -95, title, fontsize=17, weight="bold", va="center", color=COLOURS[method])
     axes.text(-53, -64, FORMULAS[method], fontsize=12.5, va="center")
     axes.set(xlim=(-54, SIDE + 20), ylim=(SIDE + 38, -110), aspect="equal")
     axes.axis("off")

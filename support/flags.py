@@ -26,69 +26,78 @@ OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
 def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     """Reads the flags; raises UserError if one is unknown or cannot be read."""
     parser = Parser(doc)
-    what = parser.add_argument_group("what to train on what")
-    what.add_argument("--method", help=f"{', '.join(METHODS)}")
-    what.add_argument("--model", default=str(BASE),
-                      help="folder in Hugging Face's layout, or owner/name on the hub (data/base)")
-    what.add_argument("--task", default="facts", help=f"{', '.join(TASKS)} (facts)")
+    what = parser.add_argument_group("model and data")
+    what.add_argument("--method", help=f"train by this method: {', '.join(METHODS)}")
+    what.add_argument("--model", default=str(BASE), help="start from this folder in Hugging Face's "
+                      "layout, or owner/name on the hub (data/base)")
+    what.add_argument("--task", default="facts",
+                      help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
-    what.add_argument("--from-peft", metavar="DIR", help="train on from adapters that PEFT saved; "
+    what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, "
                       "instead of --method, --rank, --alpha, --dropout, --targets")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,
-                         help="budget: as many parameters as LoRA of that rank (8); adalora: the "
-                              "average rank at the end")
-    adapter.add_argument("--alpha", type=float, help="scale of the update (2 x rank)")
+                         help="train as many parameters as LoRA of this rank; adalora: on average, "
+                              "at the end (8)")
+    adapter.add_argument("--alpha", type=float, help="scale the update by this (2 x rank)")
     adapter.add_argument("--dropout", type=float, default=0.0,
-                         help="share of the adapter's input set to 0 in training (0)")
-    adapter.add_argument("--targets", default=TARGETS,
-                         help=f"layers to adapt, by the ends of their names ({TARGETS})")
-    adapter.add_argument("--lr-ratio", type=float, help="multiplies the learning rate of B (dual: "
-                                                        "of B and D) (1; lora+ 16)")
+                         help="set this share of the adapter's input to 0 in training (0)")
+    adapter.add_argument("--targets", default=TARGETS, help="adapt the layers whose names end so, "
+                                                            f"comma-separated ({TARGETS})")
+    adapter.add_argument("--lr-ratio", type=float, help="multiply the learning rate of B (dual: B "
+                                                        "and D) by this (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
         users = ", ".join(key for key, method in METHODS.items() if name in method.options)
-        how = (dict(action=BooleanOptionalAction) if isinstance(default, bool) else
-               dict(type=kind[0] if kind else type(default)))
-        shown = {None: "", False: " (no)", True: " (yes)"}.get(default, f" ({default})")
-        adapter.add_argument(flag(name), **how, help=f"{users}: {words}{shown}")
+        if isinstance(default, bool):
+            how, value = dict(action=BooleanOptionalAction), f" ({'yes' if default else 'no'})"
+        else:
+            how = dict(type=kind[0] if kind else type(default))
+            value = "" if default is None else f" ({default})"
+        adapter.add_argument(flag(name), **how, help=f"{users}: {words}{value}")
     loop = parser.add_argument_group("loop")
-    loop.add_argument("--lr", type=float, help="peak learning rate (the method's own; data/base "
-                                               "has another than larger models)")
-    loop.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of AdamW (0)")
+    loop.add_argument("--lr", type=float, help="set the peak learning rate (the method's own, "
+                                               "another for data/base than for larger models)")
+    loop.add_argument("--weight-decay", type=float, default=0.0,
+                      help="set AdamW's weight decay (0)")
     loop.add_argument("--warmup", type=int,
-                      help="steps over which the learning rate rises (6 %% of the run)")
-    loop.add_argument("--steps", type=int, help="optimizer steps (per task)")
-    loop.add_argument("--epochs", type=float, help="instead of --steps")
-    loop.add_argument("--batch-size", type=int, help="examples in an optimizer step (per task)")
+                      help="raise the learning rate over the first N steps (6 %% of the run)")
+    loop.add_argument("--steps", type=int, help="take N optimizer steps (per task)")
+    loop.add_argument("--epochs", type=float,
+                      help="go X times through the data, instead of --steps")
+    loop.add_argument("--batch-size", type=int, help="use N examples for a step (per task)")
     loop.add_argument("--grad-accum", type=int, default=1,
-                      help="micro-batches that a batch is cut into (1)")
+                      help="cut a batch into N micro-batches (1)")
     loop.add_argument("--grad-checkpointing", action=BooleanOptionalAction, default=False,
-                      help="compute each block again in backward: less memory, more time")
+                      help="compute each block again in backward: less memory, more time (no)")
     loop.add_argument("--dtype", choices=PRECISIONS, default="fp32",
-                      help="precision of the base model and of the products; adapters, and the "
+                      help="hold the base model and multiply in this precision; adapters, and the "
                            "weights of full, stay fp32 (fp32)")
     loop.add_argument("--compile", action=BooleanOptionalAction, default=False,
-                      help="torch.compile; needs a C++ compiler")
-    loop.add_argument("--max-length", type=int, help=f"most tokens of an example ({MAX_LENGTH})")
+                      help="use torch.compile, which needs a C++ compiler (no)")
+    loop.add_argument("--max-length", type=int,
+                      help=f"cut the prompt's start off where an example is longer than N tokens "
+                           f"({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"),
                       help="train on the answer's tokens, or on the prompt's too (per task)")
     loop.add_argument("--seed", type=int, default=0,
-                      help="draws adapters, data order, dropout and the facts to rewrite (0)")
+                      help="seed the adapters, data order, dropout and facts to rewrite (0)")
     loop.add_argument("--device", type=device, default=default_device(),
-                      help="cpu, cuda, cuda:1 (a GPU if there is one)")
+                      help="run on cpu, cuda or cuda:1 (a GPU if there is one)")
     run = parser.add_argument_group("run")
-    run.add_argument("--eval-every", type=int, help="steps between validations (a quarter)")
+    run.add_argument("--eval-every", type=int, help="validate every N steps (a quarter of the run)")
     run.add_argument("--skip-before", action=BooleanOptionalAction, default=False,
-                     help="do not score the model before training")
-    run.add_argument("--max-eval", type=int, help="score at most this many examples of a split")
+                     help="do not score the model before training (no)")
+    run.add_argument("--max-eval", type=int, help="score about N examples of a split (all)")
     run.add_argument("--eval-batch-size", type=int, default=BATCH_SIZE,
-                     help=f"texts, or beams of them, scored at once; changes speed and memory "
+                     help=f"score N texts, or beams of them, at once; changes speed and memory "
                           f"only ({BATCH_SIZE})")
-    run.add_argument("--save-every", type=int, default=100, help="steps between checkpoints (100)")
+    run.add_argument("--save-every", type=int, default=100,
+                     help="write a checkpoint every N steps (100)")
     run.add_argument("--snapshot-every", type=int,
-                     help="steps between copies of the adapters, for experiments.analyze (none)")
-    run.add_argument("--out", help="the run's folder (runs/<task>-<method>-r<rank>-s<seed>)")
+                     help="copy the adapters every N steps, for experiments.analyze (never)")
+    run.add_argument("--out", help="write into this folder (runs/<task>-<method>-r<rank>-s<seed>, "
+                                   "with a number behind it if that is taken)")
     run.add_argument("--overwrite", action="store_true",
                      help="rename the run that is in --out to NAME.old, and begin anew")
     run.add_argument("--resume", action="store_true",

@@ -12,12 +12,20 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Writes --steps N and --lr X, where argparse would write --steps STEPS and --lr LR."""
+
+    def _get_default_metavar_for_optional(self, action):
+        usual = super()._get_default_metavar_for_optional(action)
+        return {int: "N", float: "X"}.get(action.type, usual)
+
+
 class Parser(argparse.ArgumentParser):
     """Parses flags as argparse does, but raises UserError, which names the nearest known flag."""
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(usage="%(prog)s [options]", description=doc, allow_abbrev=False,
+                         formatter_class=Formatter)
 
     def error(self, message: str):
         raise UserError(message)

@@ -369,10 +369,13 @@ def check_base(folder: str, model, dtype: torch.dtype) -> None:
 def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
     """Puts the run's trained adapters into its base model, or those of a snapshot.
 
-    Raises UserError if they are another run's.
+    Raises UserError if there are none yet, or they are another run's.
     """
     file = snapshot or Path(folder) / "adapter.safetensors"
     began = read_config(folder).get("adapters")
+    if not file.exists():
+        raise UserError(f"{file}: is not there; python train.py --resume --out {folder} goes on "
+                        "with the run")
     load(model, file)
     if not isinstance(began, list) or model.injected not in began:
         raise UserError(f"{file}: not the adapters that the run trained, but of "

@@ -11,7 +11,7 @@ from data import TASKS
 from methods import METHODS
 
 COMMANDS = {"train", "eval", "convert", "ablate"}
-METHOD_FILES = ["lora", "dora", "adalora", "lora_dash", "dual_lora"]
+METHOD_FILES = sorted({method.layer.__module__ for method in METHODS.values() if method.layer})
 
 
 def files() -> dict[str, Path]:

@@ -74,7 +74,8 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
     alone = [[score_targets(model, [s], 1)[0].loss
               for s in encode_targets(e, e.choices, tokenizer, 99)] for e in examples]
     for batch_size in (1, 6, 99):
-        losses = choice_losses(model, setup_of(model, tokenizer, 99, batch_size=batch_size), examples)
+        setup = setup_of(model, tokenizer, 99, batch_size=batch_size)
+        losses = choice_losses(model, setup, examples)
         assert [len(row) for row in losses] == [3, 2, 1, 3]
         assert sum(losses, []) == pytest.approx(sum(alone, []), rel=1e-5)
     # a long prompt beside a long choice: padding takes no positions, of which there are no more
@@ -189,7 +190,7 @@ def test_a_file_is_split_eight_one_one():
 def test_rows_held_out_are_evenly_spread_and_no_longer_trained_on():
     rest, held = hold_out(list(range(100)), 5, "file")
     assert held == [0, 20, 40, 60, 80] and sorted(rest + held) == list(range(100))
-    assert hold_out([1, 2, 3], 480, "file") == ([2, 3], [1])          # one at least, a tenth at most
+    assert hold_out([1, 2, 3], 480, "file") == ([2, 3], [1])        # one at least, a tenth at most
     assert len(hold_out(list(range(1000)), 480, "file")[1]) == 100
     assert len(hold_out(list(range(30000)), 1000, "file")[1]) == 1000
     with pytest.raises(UserError, match="file: fewer than 2 examples"):

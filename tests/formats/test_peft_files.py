@@ -17,12 +17,12 @@ from transformers import AutoModelForCausalLM
 import convert
 import train
 from formats.checkpoint import load_pretrained
-from formats.peft import export_peft, import_peft
+from formats.peft import MAPPED, export_peft, import_peft
 from lora import LoRALinear
 from methods import METHODS, Method, adapters, inject, load, merge, save, state
 from support.errors import UserError
 
-ADAPTERS = [name for name in METHODS if name != "full"]
+ADAPTERS = sorted(MAPPED)
 FAMILIES = ["gpt2", "llama with a tied head"]
 
 
@@ -272,7 +272,7 @@ def test_adapters_as_a_pickle_of_tensors_are_read(tmp_path):
 # ---- python convert.py
 
 COMMANDED = [method if method in ("full", "lora", "dual") else
-             pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
+             pytest.param(method, marks=pytest.mark.slow) for method in ["full", *ADAPTERS]]
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +310,9 @@ def test_a_merged_run_is_read_by_transformers(method, run_of, tmp_path, capsys):
 @torch.no_grad()
 @pytest.mark.parametrize("method", COMMANDED[1:])            # all but full
 def test_a_runs_adapters_are_read_by_peft(method, run_of, tmp_path, capsys):
-    command("--run", run_of(method), "--peft", tmp_path / "out",
+    run = run_of(method)
+    capsys.readouterr()
+    command("--run", run, "--peft", tmp_path / "out",
             *(["--rank", 128] if method == "dual" else []))
     ours = load(load_pretrained(BASE)[0], run_of(method) / "adapter.safetensors").eval()
     theirs = peft.PeftModel.from_pretrained(

@@ -30,23 +30,27 @@ def two_blocks():
     return nn.ModuleDict({"a": Block(8), "b": Block(8)})
 
 
-def test_each_layer_may_have_a_rank_and_an_alpha_of_its_own(tmp_path):
+@pytest.mark.parametrize("method", ADAPTED)
+def test_each_layer_may_have_a_rank_and_an_alpha_of_its_own(method, tmp_path):
     ranks, alphas = {"a.q": 4, "a.v": 4, "b.v": 2}, {"a.q": 8, "a.v": 3, "b.v": 8}
-    for method in ADAPTED:
-        own = {"init_rank": 6} if method == "adalora" else {}
-        model = inject(two_blocks(), method, ["a.q", "v"], ranks, alphas, **own)
-        save(model, tmp_path / "file")
-        for found in (model, load(two_blocks(), tmp_path / "file")):
-            assert {path: layer.rank for path, layer in adapters(found).items()} == ranks
+    own = {"init_rank": 6} if method == "adalora" else {}
+    model = inject(two_blocks(), method, ["a.q", "v"], ranks, alphas, **own)
+    save(model, tmp_path / "file")
+    for found in (model, load(two_blocks(), tmp_path / "file")):
+        assert {path: layer.rank for path, layer in adapters(found).items()} == ranks
+        if METHODS[method].layer.uses_alpha:
             assert {path: layer.alpha for path, layer in adapters(found).items()} == alphas
-    assert [len(layer.A) for layer in adapters(inject(
-        two_blocks(), "dual", ["a.q", "v"], ranks)).values()] == [2, 2, 1]      # r1 follows
+
+
+def test_dual_s_parts_follow_each_layer_s_rank():
+    model = inject(two_blocks(), "dual", ["a.q", "v"], {"a.q": 4, "a.v": 4, "b.v": 2})
+    assert [len(layer.A) for layer in adapters(model).values()] == [2, 2, 1]
 
 
 def test_a_rank_of_each_layer_names_all_of_them_and_fits_the_options():
     with pytest.raises(UserError, match="rank: b.q is no adapted layer"):
         inject(two_blocks(), "lora", ["v"], {"a.v": 2, "b.v": 2, "b.q": 2})
-    with pytest.raises(UserError, match="alpha: b.v is missing"):
+    with pytest.raises(UserError, match="alpha: b.v is missing: give the full path"):
         inject(two_blocks(), "lora", ["v"], alpha={"a.v": 2})
     with pytest.raises(UserError, match="leave r1 out"):
         inject(two_blocks(), "dual", ["v"], {"a.v": 2, "b.v": 4}, r1=1)
@@ -90,7 +94,7 @@ def test_a_whole_module_learns_at_the_run_s_rate():
 
 
 def test_a_whole_module_that_is_not_there_or_holds_an_adapter_is_refused():
-    with pytest.raises(UserError, match="whole: no module is named hed"):
+    with pytest.raises(UserError, match="whole: no module is named hed: the model's are blocks"):
         injected("lora", whole=["hed"])
     with pytest.raises(UserError, match="blocks.0.q: cannot be adapted and whole at once"):
         injected("lora", whole=["blocks.0"])
@@ -126,8 +130,9 @@ def test_wrong_methods_and_options_are_refused():
         inject(net(), "lroa", ["q"])
     with pytest.raises(UserError, match="dual has no option magic: its own are r1, r2"):
         inject(net(), "dual", ["q"], magic=1)
-    with pytest.raises(UserError, match="rank"):
-        inject(net(), "lora", ["q"], rank=9)
+    for wrong in (dict(rank=9), dict(rank=True), dict(alpha="16"), dict(dropout="0.1")):
+        with pytest.raises(UserError, match=f"q: {next(iter(wrong))} must be"):
+            inject(net(), "lora", ["q"], **wrong)
 
 
 @pytest.mark.parametrize("method", METHODS)
