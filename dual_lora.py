@@ -149,8 +149,8 @@ class DualLoRALinear(AdapterLinear):
         if total_steps < 2 and length > 0:
             raise UserError("Dual LoRA's first step is at warm-up 0 and trains nothing: give at "
                             "least 2 steps, or update_warmup 0")
-        return (f"the update warms up from 0 to 1 over {length} steps; " * (length > 0)
-                + f"untrained it is at most {100 * share:.3g} % of a layer's weights"
+        return (f"the update grows to full size over {length} steps; " * (length > 0)
+                + f"untrained it has at most {100 * share:.3g} % of W0's size"
                 + "; warning: above 20 % it damages what the model knows" * (share > 0.2))
 
     @classmethod

@@ -20,9 +20,9 @@ FACTS = 1600
 
 class Facts(TextTask):
     """Scores facts by exact recall."""
-    meaning = {"new": "rewritten facts it writes",
-               "paraphrase": "the same, asked in words that training never showed",
-               "kept": "old facts it still knows"}
+    meaning = {"new": "share of the rewritten facts that it writes",
+               "paraphrase": "the same facts, asked in words that training never showed",
+               "kept": "share of the old facts that it still knows"}
 
     def score(self, model, examples: list[Example]) -> Scores:
         return recall(model, self.setup, examples)

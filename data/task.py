@@ -185,14 +185,14 @@ class TextTask(Task):
         example, new_tokens, right = self.test[0], 32, ""
         if isinstance(example, Example):
             tokens = encode_prompt(example, self.setup, new_tokens).tokens
-            prompt, right = example.prompt, f"   (right: {shorten(example.target)})"
+            prompt, right = example.prompt, f'  (right: "{shorten(example.target)}")'
         else:
             tokens = example.tokens[:max(1, min(len(example.tokens) // 2, 16))]
             prompt = self.setup.tokenizer.decode(tokens)
         with scoring(model):
             new = generate(model, [list(tokens)], new_tokens)[0]
         written = (self.setup.tokenizer.decode(new).strip().splitlines() or [""])[0]
-        return f"{shorten(prompt)} ->{' ' * bool(written)}{shorten(written)}{right}"
+        return f'"{shorten(prompt)}" -> "{shorten(written)}"{right}'
 
 
 def shorten(text: str) -> str:

@@ -33,7 +33,8 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
     if plan:
         print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
-          f"loss on {args.loss_on}")
+          f"loss on {args.loss_on}"
+          + (f"; about {args.max_eval} of each split are scored" if args.max_eval else ""))
     if any(counts["cut"].values()):
         print(f"{counts['cut']['train']} train and {counts['cut']['held out']} other examples lose "
               f"the start of their prompt to --max-length {args.max_length}")
@@ -42,7 +43,7 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
             print(f"{name}: {task.notes[name]}")
     large = not ships(args.model) and args.lr == METHODS[args.method].large_lr
     whose = f" ({METHODS[args.method].large_lr_from} for large models)" if large else ""
-    print(f"{args.steps} steps of {args.batch_size}, peak learning rate {args.lr:g}{whose} reached "
+    print(f"{args.steps} steps of {args.batch_size} examples, peak learning rate {args.lr:g}{whose} reached "
           f"after {args.warmup} steps, seed {args.seed}, {args.dtype}, {args.device}"
           + (f", {process_count()} processes" if process_count() > 1 else ""))
 
@@ -65,7 +66,7 @@ def print_result(args: Namespace, run: Run, task: Task, before: dict | None, aft
         explained_kinds.add(kind)
         print((f"{name:20} " + (f"{before[name]:11.4f}" if before else f"{'-':>11}")
                + f" {value:11.4f}   {meaning}").rstrip())
-    print(f"{seconds:.0f} s; loss on {args.loss_on}; all of it in {run.folder}; next:")
+    print(f"{seconds:.0f} s; loss on {args.loss_on}; results in {run.folder}; next:")
     if not is_listed(args.method):
         print(f"  (first add {args.method} to methods.py: eval.py and convert.py look there)")
     print(f"  python eval.py --run {shlex.quote(str(run.folder))} --prompt TEXT")

@@ -280,8 +280,8 @@ def test_an_explicit_std_overrides_the_share_and_the_header_warns_of_a_large_sta
     measured = (layer.delta_weight().norm() / layer.base.weight.norm()).item()
     assert layer.start_share == pytest.approx(measured, rel=0.3) and measured > 0.2
     small = dual(64, 64, init_std=None, init_share=0.02, update_warmup=3)
-    assert DualLoRALinear.start([small], 100) == ("the update warms up from 0 to 1 over 3 steps; "
-                                                 "untrained it is at most 2 % of a layer's weights")
+    assert DualLoRALinear.start([small], 100) == (
+        "the update grows to full size over 3 steps; untrained it has at most 2 % of W0's size")
     assert "warning" in DualLoRALinear.start([small, layer], 100)
 
 
