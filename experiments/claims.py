@@ -40,7 +40,7 @@ RUNS = "runs/claims"
 # ---- the runs
 TUNED = {"lora": "--warmup 60", "lora+": "--warmup 60", "dash": "--warmup 60", "dora": "",
          "adalora": "--gamma 0.01", "dual": ""}         # beside --alpha 4 x rank
-# What the papers leave open: as many variations for each method.
+# The papers leave these open: as many variations for each method.
 CHOICES = {
     "dual": "update-warmup=20 init-std=0.03,0.12 r1=2,6 clip=no direction-lr=0.1,1 alpha=32",
     "lora": "warmup=5,60 alpha=8,32 weight-decay=0.01,0.1 dropout=0.05 lr-ratio=0.5,2",

@@ -33,7 +33,7 @@ HOOKS = {"start": {"adalora": "plans its prunings", "dash": "plans when to choos
 
 
 # ---- the shapes of the updates
-def example(method: str) -> AdapterLinear:
+def trained_layer(method: str) -> AdapterLinear:
     """Makes a layer and trains it for STEPS steps, from random factors on random gradients.
 
     Thus AdaLoRA has pruned, LoRA-Dash has chosen its directions, Dual LoRA has warmed up.
@@ -57,11 +57,11 @@ def example(method: str) -> AdapterLinear:
 def shape_of(method: str) -> dict:
     """Counts the numbers that train, the update's rank, and the columns of each factor.
 
-    The rank is that of the example, which random factors make as high as the form allows.
+    The rank is that of trained_layer(), which random factors make as high as the form allows.
     """
     if METHODS[method].layer is None:
         return {"trained": SIDE * SIDE, "rank": SIDE, "factors": {}}
-    layer = example(method)
+    layer = trained_layer(method)
     return {"trained": sum(p.numel() for p in layer.parameters() if p.requires_grad),
             "rank": int(torch.linalg.matrix_rank(layer.delta_weight().detach())),
             "factors": {product: factors_of(layer, product) for product in PRODUCTS[method]}}

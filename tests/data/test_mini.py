@@ -212,7 +212,7 @@ def test_two_hops_hide_the_fact_between(task):
 
 
 def test_the_items_are_those_that_results_are_about(task):
-    """Where this changes, scores of before cannot be compared: raise the world's VERSION."""
+    """If this changes, scores of before cannot be compared: raise the world's VERSION."""
     examples = [*task.train, *task.valid, *task.test]
     items = repr([(e.prompt, e.choices, e.target) for e in examples])
     assert hashlib.sha256(items.encode()).hexdigest()[:16] == DIGEST

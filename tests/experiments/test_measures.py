@@ -1,4 +1,4 @@
-"""What the figures measure, by hand, and how their labels are kept apart."""
+"""Checks what the figures measure, by hand, and how their labels are kept apart."""
 import pytest
 import torch
 
