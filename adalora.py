@@ -10,14 +10,15 @@ Start: lam is zero, so the first step sees exactly the pretrained model.
 Gradient: at lam = 0 only lam gets one from the loss. A penalty adds to P's and Q's: gamma times the
 mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4). It keeps both near orthonormal, as
 in a singular value decomposition, so that a lam can be judged alone.
-A step, beside it:
+A step, after the optimizer's:
     1. I = |w dL/dw| of each number, smoothed               learn_importance, eq. 8 to 10
     2. a score for each direction                           importance, eq. 7 and 11
     3. every delta_t steps: keep the b(t) best, set the other lam to 0        budget, eq. 12
 A pruned lam still has a gradient, so a direction can come back.
 Cost: r0 (in + out + 1) parameters and two buffers of that size, and 1.02 times the time a step of
-LoRA of rank r (25 M parameters, CPU).
-Goes wrong: in a run too short to prune in, or with on_step after zero_grad; both are errors.
+LoRA of rank r, the average at the end; r0 = 1.5 r (25 M parameters, CPU).
+Goes wrong: by eq. 11, a direction of steady importance scores near 0. A run too short to prune in,
+or on_step after zero_grad, is an error.
 Differs: see the class.
 """
 import math
@@ -57,11 +58,11 @@ class AdaLoRALinear(AdapterLinear):
     init_rank: directions that each layer starts with (1.5 rank); rank: those that it keeps at the
     end, on average over the model. t_init, t_final: length of the first and the last phase in
     steps, below 1 as a share of the run; t_final is at least one step. A pruning comes every
-    delta_t steps; between two of them a pruned direction trains and is in use. The last phase
+    delta_t steps; in between, pruned directions train and act again. The last phase
     prunes the same ones after every step. The layers of a model share all of these.
 
     Differs from the paper, as its code does: the 1e-5; norms in the penalty, averaged, where the
-    paper sums squares; I of the clipped gradient before a step and the weight after it.
+    paper sums squares; I = |w after a step * its clipped gradient before|.
     Differs from both: the last phase begins with a pruning whatever delta_t is, as in peft; exactly
     the budget is kept where importances are equal.
     Raises UserError if an option is out of range; for a schedule that cannot work, see start().
@@ -108,7 +109,7 @@ class AdaLoRALinear(AdapterLinear):
             Ibar = beta1 Ibar + (1 - beta1) I               one batch is noisy: smoothed (eq. 9)
             Ubar = beta2 Ubar + (1 - beta2) |I - Ibar|      how much I varies around that (eq. 10)
 
-        Both start at 0 and lag: their order means little at first, so t_init waits. dL/dw has the
+        Both start at 0 and lag, so ranking by them means little before t_init. dL/dw has the
         penalty's part in it.
         By hand, beta1 = beta2 = 0.5, I = 2 and then 6: Ibar = 1, 3.5; Ubar = 0.5, 1.5.
         """
@@ -125,8 +126,8 @@ class AdaLoRALinear(AdapterLinear):
 
             s(w) = Ibar * Ubar                                              (eq. 11)
 
-        s is high if w matters and its I still varies: of two that matter equally, the less well
-        known one is kept. So a weight of steady importance ends near 0, a weakness of eq. 11.
+        s is high if w matters and its I still varies: of two with equal Ibar the less certain one
+        is kept. But a steady I drives Ubar, and so s, to 0, however large Ibar: a weakness.
         Means, not sums: a direction of a large matrix is not kept for having more numbers.
         """
         return (self.Ibar_lam * self.Ubar_lam + (self.Ibar_P * self.Ubar_P).mean(0)

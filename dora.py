@@ -10,8 +10,8 @@ Start: B is zero and m is ||W0||, so the first step sees exactly the pretrained 
 Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW' and g, w a
 row of G and W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. A step does nothing else.
 Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU).
-Goes wrong: if W0 is loaded after the layer is made. m keeps the lengths that it found.
-Differs: the paper says column for row, since it writes weights the other way round.
+Goes wrong: if W0 is loaded after the layer is made, m still has the old W0's lengths.
+Differs: the paper says column; its code takes the rows of (out, in), as here.
 """
 import torch
 from torch import nn
@@ -32,9 +32,9 @@ class DoRALinear(LoRALinear):
     10, and W' = 20/10 [6, 8] = [12, 16].
 
     The bias is not scaled. A constant ||W|| saves 24 % of the memory on LLaMA-7B and costs 0.2
-    points of accuracy (table 7: 78.1, not 78.3). The full gradient, norm_gradient, also takes away
-    g's part along w; a bf16 W0 then costs a float32 copy until backward. A row of zeros has no
-    direction and stays zero.
+    points of accuracy (table 7: 78.1, not 78.3). norm_gradient computes the full gradient,
+    dL/dw = m/||w|| (g - its part along w); a bf16 W0 then costs a float32 copy until backward. A
+    row of zeros has no direction and stays zero.
     """
 
     options = {"norm_gradient": (False, "let the gradient through the norm too")}
@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         keep_squared_lengths(self)
-        self.register_load_state_dict_post_hook(keep_squared_lengths)       # but not magnitude
+        self.register_load_state_dict_post_hook(keep_squared_lengths)       # magnitude stays
         self.magnitude = nn.Parameter(self.W0_squared.sqrt())
 
     def merged_weight(self):
@@ -73,11 +73,11 @@ class DoRALinear(LoRALinear):
             return self.W0_squared + (B * (2 * (W0 @ A.t()) + B @ (A @ A.t()))).sum(1)
 
     def forward(self, x):
-        dropped = self.dropout(x)       # W0 gets it too, as in the official code; see below
+        # As the official code: W0 x + (m/||W|| - 1) W0 drop(x) + m/||W|| s B A drop(x) + bias.
+        dropped = self.dropout(x)
         h = self.frozen(dropped) + self.low_rank(dropped)            # (..., out)
         ratio = self.ratio(self.squared_norm())
         y = ratio * h if self.base.bias is None else torch.addcmul(self.base.bias, ratio, h)
         if self.training and self.dropout.p > 0:
-            # The official code: W0 x + (m/||W|| - 1) W0 drop(x) + m/||W|| s B A drop(x) + bias.
             y = y + self.frozen(x - dropped)
         return y.to(h.dtype)    # ratio is float32

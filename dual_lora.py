@@ -3,18 +3,17 @@
     W' = W0 + warmup * alpha/sqrt(r1 r2) * ReLU(B A) (.) Sign(D C)               (section 3)
 
 (.) is element by element; Sign(x) = +1 if x > 0, else -1. A (r1, in) and B (out, r1) say how far
-each weight moves, C (r2, in) and D (out, r2) which way; r1 + r2 = r.
+each weight moves, C (r2, in) and D (out, r2) which way; r1 = r2 = r/2 by default.
 Idea: fine-tuning moves every weight by a size and a sign. ReLU and Sign, entry by entry, lift two
 thin products to an update of nearly full rank.
 Start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train, and all four
-matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step, which trains nothing.
-Gradient: Sign's own is 0, so it is passed straight through, clipped to [-1, 1] (section 3). An
-entry whose ReLU is 0 gets none.
-A step: on_step raises `warmup` to 1 over 5 steps. The random update then has 1 % of W0's size.
-Cost: LoRA's parameters and memory, 1.25 times LoRA's time a step (25 M parameters, CPU).
+matrices start Gaussian. So `warmup` is 0 in the first step: W' = W0, and all gradients are 0.
+Gradient: Sign's derivative is 0, so backward takes 1, and clips the result to [-1, 1] (section 3).
+An entry whose ReLU is 0 gets none.
+A step: on_step raises `warmup` to 1 over 5 steps. At 1 the random update has 1 % of W0's rms.
+Cost: LoRA's parameters, 1.25 times its time (25 M parameters, CPU); dropout builds the whole dW.
 Goes wrong: without on_step, or where the random update is large beside W0 (start_size).
-Differs: the start's size, r1 and r2, the warm-up's length, which the paper leaves open, and the
-lower learning rate of C and D are ours.
+Differs: the paper leaves the start's size, r1, r2, the warm-up's length and C's and D's rate open.
 """
 import math
 
@@ -129,9 +128,10 @@ class DualLoRALinear(AdapterLinear):
 
         torch counts a tensor's changes in place, but not those that a fused optimizer makes.
         """
-        now = id(self.A), self.warmup._version, self.A._version
-        last, self.last_cold = self.last_cold or now, now
-        if last[:2] == now[:2] and last[2] != now[2]:
+        same, changes = (id(self.A), self.warmup._version), self.A._version
+        last_same, last_changes = self.last_cold or (same, changes)
+        self.last_cold = same, changes
+        if last_same == same and last_changes != changes:
             raise UserError("Dual LoRA's A has changed while its warm-up stayed at 0: call on_step "
                             "after every optimizer.step(), or inject with update_warmup=0")
 
@@ -198,7 +198,7 @@ class BlockProduct(torch.autograd.Function):
                 add_product(dx, g, W.to(x.dtype))
             dW = buffer.zero_()
             add_product(dW, g.t(), x)                                     # dL/dW', (n, in)
-            # `scale` multiplies the thin results: clip(scale v, -+1) = scale clip(v, -+1/scale).
+            # `scale` waits until the return: clip(scale v, -+1) = scale clip(v, -+1/scale).
             dM = S.mul_(dW)
             dDC = dW.mul_(M).clamp_(-limit, limit)                        # through Sign
             dBA = dM.mul_(M.sign_())         # through ReLU: M's sign is 1 where it is on, else 0

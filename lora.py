@@ -3,18 +3,18 @@
     W' = W0 + alpha/r * B A                                            (section 4.1, eq. 3)
 
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train.
-Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it. Dividing
-alpha by r keeps the update's size when r changes.
+Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it. alpha is
+divided by r to save tuning again when r changes.
 Start: B is zero, so the first step sees exactly the pretrained model. A is random.
 Gradient: plain autograd's. A step does nothing else.
 Cost: r (in + out) parameters and two thin products a token; no matrix of W0's size is built.
-Goes wrong: with the learning rate of full fine-tuning. On the model that ships 1e-3 is best for
-full, 1e-2 for LoRA. A larger alpha needs a lower rate.
+Goes wrong: with full fine-tuning's learning rate, which is too low. On data/base 1e-2 is best for
+LoRA, 1e-3 for full. A larger alpha needs a lower rate.
 Differs: A is Kaiming-uniform as in the official code, where the paper says Gaussian.
 LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer, B's learning rate 16 times A's.
 
 Weights are (out, in) everywhere. W' is the merged weight; ^T transposes.
-Read LoRALinear first, at the end, and then AdapterLinear: what all methods share.
+Read LoRALinear, the last class, first; then AdapterLinear, which all methods share.
 """
 import contextlib
 import math
@@ -36,7 +36,7 @@ def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None
 
 
 def full_precision(x):
-    """Switches autocast off for what must be built in float32; a "meta" device has no autocast."""
+    """Returns a context without autocast, to build in float32; a "meta" device has none."""
     device = x.device.type
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
@@ -92,8 +92,8 @@ class AdapterLinear(nn.Module):
     def empty(self, *shape: int):
         """Makes a tensor on the base's device: float32, or float64 on a float64 base.
 
-        It is not bf16 even if the base is: 8 significant bits would lose a small learning rate's
-        steps. forward() casts it to its input's dtype.
+        It is not bf16 even if the base is: 8 significant bits would round an optimizer's small
+        steps away. forward() casts it to its input's dtype.
         """
         dtype = torch.float64 if self.W0.dtype == torch.float64 else torch.float32
         return torch.empty(shape, dtype=dtype, device=self.W0.device)

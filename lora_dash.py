@@ -66,7 +66,7 @@ class LoRADashLinear(LoRALinear):
         x = self.dropout(x)
         y = y + self.low_rank(x)
         # In pre-launch coords must get no gradient, not a gradient of 0: Adam would count these
-        # steps, and over its next 20 move coords up to twice as far.
+        # steps, and (100 of them) move coords up to twice as far in the 20 after.
         if self.dashing:
             h = F.linear(x, self.Vt.to(x.dtype))                    # (..., s)
             y = y + F.linear(self.coords.to(x.dtype) * h, self.U.to(x.dtype))
@@ -101,7 +101,7 @@ class LoRADashLinear(LoRALinear):
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         due = [layer for layer in layers
                if step >= last_prelaunch_step(total_steps, layer.prelaunch) and not layer.dashing]
-        # About a 20th of the decomposition's operations. A bar shows if it takes some seconds.
+        # The decompositions cost some 20 x work operations; a bar shows if that takes seconds.
         work = sum(layer.W0.numel() * min(layer.W0.shape) for layer in due)
         for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
             layer.launch()

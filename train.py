@@ -34,7 +34,7 @@ from support.run import (Flags, Run, check_same, fingerprint, read_config, resum
 
 
 def fit(model, task: Task, args: Flags, run: Run) -> None:
-    """Trains the model. Each step: batch, loss, backward, clip, step, hook, log."""
+    """Trains the model. Each step: rate, batch, loss, backward, clip, step, hook, log."""
     method, layers = contract(model)            # the method's class, and the layers it acts on
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(param_groups(model, args.lr, args.weight_decay,
@@ -45,15 +45,15 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
     first_step = run.restore(model, optimizer) if args.resume else 0
     bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, unit="step",
                disable=not is_main())
-    model.train()
+    model.train()                       # scoring switches to eval mode, and back
     with stop_requests() as asked_to_stop, bar:
         for step in bar:
-            lr_share = lr_factor(step, args.steps, args.warmup)
+            lr_share = schedule(step, args.steps, args.warmup)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * lr_share
             batch = [task.train[i] for i in batch_at(step, len(task.train), args.batch_size,
                                                      args.seed)]
-            size, loss = task.size(batch), 0.0          # size: the batch's target tokens, say
+            size, loss = task.size(batch), 0.0          # size: e.g. the batch's target tokens
             for part in own_parts(batch, args.grad_accum):      # one part, unless --grad-accum
                 with autocast:
                     part_loss = task.loss(model, part) / size
@@ -61,7 +61,7 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
                 loss += part_loss.item()
             sum_gradients(trainable)                            # over processes; one: unchanged
             loss, stopping = summed([loss, asked_to_stop()], args.device)       # likewise
-            extra = method.extra_loss(layers)                   # the same in every process
+            extra = method.extra_loss(layers)           # the same in every process: not summed
             if torch.is_tensor(extra):
                 extra.backward()
                 extra = extra.detach()
@@ -115,7 +115,7 @@ def largest_values(model) -> dict[str, float]:
             if tensor.is_floating_point()}
 
 
-def lr_factor(step: int, steps: int, warmup: int) -> float:
+def schedule(step: int, steps: int, warmup: int) -> float:
     """Returns lr / peak: rises in a line to 1 over `warmup` steps, then falls in a line to 0."""
     if step < warmup:
         return (step + 1) / warmup
@@ -124,7 +124,7 @@ def lr_factor(step: int, steps: int, warmup: int) -> float:
 
 @lru_cache(maxsize=2)
 def epoch_order(epoch: int, n: int, seed: int) -> list[int]:
-    own = torch.Generator().manual_seed(seed + 7919 * epoch)        # a prime: no order comes twice
+    own = torch.Generator().manual_seed(seed + 7919 * epoch)        # each epoch another order
     return torch.randperm(n, generator=own).tolist()
 
 

@@ -19,17 +19,17 @@ from formats.checkpoint import load_pretrained
 from methods import METHODS, inject, load
 from support.messages import explained
 from support.processes import own_parts
-from train import batch_at, lr_factor
+from train import batch_at, schedule
 
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
     # 10 steps, 4 of warm-up: quarters up to 1, then sixths down; step 10 would be 0
-    factors = [lr_factor(step, 10, 4) for step in range(10)]
+    factors = [schedule(step, 10, 4) for step in range(10)]
     expected = [1 / 4, 2 / 4, 3 / 4, 1, 6 / 6, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     assert factors == pytest.approx(expected)
-    assert lr_factor(0, 10, 0) == 1
+    assert schedule(0, 10, 0) == 1
 
 
 def test_every_epoch_holds_each_example_once_in_a_new_order():
