@@ -90,7 +90,8 @@ def parse_evaluation(argv: list[str] | None) -> Namespace:
                       help="with --model: precision of its weights (fp32)")
     parser.set_defaults(method=None, seed=0)
     how = parser.add_argument_group("how")
-    how.add_argument("--max-eval", type=int, help="score at most this many examples")
+    how.add_argument("--max-eval", type=int,
+                     help="score about N examples (the run's own, else all)")
     how.add_argument("--batch-size", type=int, default=BATCH_SIZE,
                      help=f"examples scored at once; changes speed and memory only ({BATCH_SIZE})")
     how.add_argument("--predictions", metavar="FILE", type=new_file,

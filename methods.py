@@ -86,16 +86,19 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     if layer is not None:
         own, targets, whole = METHODS[method].defaults | own, _names(targets), _names(whole)
         found = _find(model, targets)
-        trained = _find_whole(model, whole, set(found.values()))
+        trained = _find_whole(model, whole, found)
         ranks, alphas = (_of_each(value, found.values(), name)
                          for name, value in (("rank", rank), ("alpha", alpha)))
         for name in ("r1", "r2"):           # the parts of Dual LoRA's rank
             if isinstance(rank, dict) and own.get(name) is not None:
                 raise UserError(f"rank is given by layer: leave {name} out, it follows the rank")
+        flags = [(p, p.requires_grad) for p in model.parameters()]
         for base, path in found.items():
             try:
                 made = layer(base, ranks[path], alphas[path], dropout, **own)
             except UserError as error:
+                for p, flag in flags:
+                    p.requires_grad_(flag)
                 raise UserError(f"{path}: {error}") from None
             new[base] = made.train(base.training)
         config |= dict(targets=targets, rank=rank, dropout=dropout)
@@ -130,7 +133,7 @@ def _of_each(value, paths: Iterable[str], name: str) -> dict:
     """Returns path -> number, from one number for all or a dict with every path."""
     if not isinstance(value, dict):
         return dict.fromkeys(paths, value)
-    odd = sorted(value.keys() ^ set(paths))
+    odd = sorted(map(str, value.keys() ^ set(paths)))
     if odd:
         wrong = ("no adapted layer" if odd[0] in value else
                  "missing: give the full path of every adapted layer")
@@ -154,18 +157,27 @@ def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
     return found
 
 
-def _find_whole(model, names: list[str], adapted: set[str]) -> list[nn.Module]:
-    """Finds the modules that `names` name; raises UserError if one is or holds an adapted layer."""
-    found = {path: module for path, module in model.named_modules()
-             if path and ends_in(path, names)}
+def _find_whole(model, names: list[str], adapted: dict[nn.Linear, str]) -> list[nn.Module]:
+    """Finds the modules that `names` name.
+
+    Raises UserError if one is or holds an adapted layer, shares its weight, or is not float32.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {path: module for path, module in modules.items() if path and ends_in(path, names)}
     for name in names:
         if not any(ends_in(path, [name]) for path in found):
-            known = {path.rpartition(".")[2] for path, _ in model.named_modules()} - {""}
+            known = {path.rpartition(".")[2] for path in modules} - {""}
             raise UserError(f"whole: no module is named {name or '(nothing)'}: the model's are "
                             + ", ".join(sorted(word for word in known if not word.isdigit())))
-    for path in found:
-        if inside := [other for other in sorted(adapted) if f"{other}.".startswith(f"{path}.")]:
-            raise UserError(f"{inside[0]}: cannot be adapted and whole at once")
+    own = {p for module in found.values() for p in module.parameters()}
+    for base, path in adapted.items():
+        if base.weight in own or base.bias in own:
+            raise UserError(f"{path}: cannot be adapted and whole at once")
+    for path, module in found.items():
+        for p in module.parameters():
+            if p.dtype in (torch.float16, torch.bfloat16):
+                raise UserError(f"whole: {path} is {p.dtype}, which rounds small steps away: make "
+                                "it float32 first")
     return list(found.values())
 
 
@@ -241,9 +253,9 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
 
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns path -> module, for the modules that train as they are beside the adapters."""
+    """Returns path -> module that trains as it is, beside the adapters."""
     names = model.injected.get("whole", ())
-    return {path: module for path, module in model.named_modules()
+    return {path: module for path, module in model.named_modules(remove_duplicate=False)
             if path and ends_in(path, names)}
 
 
@@ -263,12 +275,14 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     if any("kept_adapter" in module.__dict__ for module in model.modules()):
         raise UserError("the model is merged: unmerge it first")
+    found = model.state_dict(keep_vars=True)
     if METHODS[model.injected["method"]].layer is not None:
-        return {f"{path}.{name}": tensor
-                for path, module in (adapters(model) | whole_modules(model)).items()
-                for name, tensor in module.state_dict().items() if not name.startswith("base.")}
-    once = {}   # a tied weight has two names: only the first is stored
-    for name, tensor in model.state_dict(keep_vars=True).items():
+        found = {f"{path}.{name}": tensor
+                 for path, module in (adapters(model) | whole_modules(model)).items()
+                 for name, tensor in module.state_dict(keep_vars=True).items()
+                 if not name.startswith("base.")}
+    once = {}   # a tied weight has two names, and is stored under the first
+    for name, tensor in found.items():
         once.setdefault(id(tensor), (name, tensor.detach()))
     return dict(once.values())
 
@@ -310,7 +324,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                 refuse_not_finite(file.get_tensor(name).to(tensor.dtype), name)
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
-    except (OSError, SafetensorError, AttributeError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, AttributeError, TypeError, ValueError,
+            RecursionError) as error:
         _replace(model, {layer: layer.base for layer in adapters(model).values()})
         model.__dict__.pop("injected", None)
         for p, flag in flags:

@@ -8,7 +8,7 @@
     torchrun --nproc-per-node 2 train.py --method dual   # the same run in two processes
 Everything goes to runs/<task>-<method>-r<rank>-s<seed>/, described in support/run.py.
 
-In the code, fit() is the training, prepare() makes what it needs, finish() writes the result.
+In the code, fit() is the training, prepare() makes what it needs, report() writes the result.
 """
 import shlex
 import sys
@@ -28,9 +28,9 @@ from support.flags import adapt, check_flags, parse_flags, resolve
 from support.machine import peak_memory_mb, versions
 from support.messages import explained, last_words, print_header, print_result, script
 from support.processes import (gathered, is_main, join_processes, own_parts, process_count,
-                               process_number, sum_gradients, summed)
-from support.run import (Flags, Run, check_same, fingerprint, read_config, resumed, stop_requests,
-                         visible, weights_dtype)
+                               process_number, stop_requests, sum_gradients, summed)
+from support.run import (Flags, Run, check_same, fingerprint, read_config, resumed, visible,
+                         weights_dtype)
 
 
 def fit(model, task: Task, args: Flags, run: Run) -> None:
@@ -76,6 +76,8 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
             line |= {"extra_loss": extra.item()} if torch.is_tensor(extra) else {}
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             after_step(step + 1, line, model, optimizer, task, args, run, stopping)
+        if summed([asked_to_stop()], args.device)[0]:       # during the last step
+            raise KeyboardInterrupt
 
 
 def after_step(done: int, line: dict, model, optimizer, task: Task, args: Flags, run: Run,
@@ -106,7 +108,8 @@ def after_step(done: int, line: dict, model, optimizer, task: Task, args: Flags,
 def validate(model, task: Task, args: Flags) -> dict[str, float]:
     """Returns the mean loss on the validation split, and the task's metrics."""
     examples = sample(task.valid, args.max_eval)
-    return {"loss": task.mean_loss(model, examples)} | task.score(model, examples).values
+    loss = {"loss": task.mean_loss(model, examples)}
+    return loss | task.score(model, examples).values | loss     # not a task's own "loss"
 
 
 def largest_values(model) -> dict[str, float]:
@@ -185,7 +188,7 @@ def score_before(model, task: Task, args: Flags, run: Run) -> dict[str, float] |
     return before
 
 
-def finish(model, task: Task, args: Flags, run: Run, before, counts: dict, began: float) -> None:
+def report(model, task: Task, args: Flags, run: Run, before, counts: dict, began: float) -> None:
     """Scores the trained model, writes the adapters and result.json, and prints the scores."""
     after = task.score(model, sample(task.test, args.max_eval))
     valid = validate(model, task, args)
@@ -228,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         model, task, args, counts = prepare(args, run)
         before = score_before(model, task, args, run)
         fit(model, task, args, run)
-        finish(model, task, args, run, before, counts, began)
+        report(model, task, args, run, before, counts, began)
     except (KeyboardInterrupt, NotFinite) as stop:
         if is_main():
             print(last_words(stop, run, script(argv)), file=sys.stderr)

@@ -57,8 +57,11 @@ NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family fri
 
 
 class E2E(TextTask):
-    meaning = {"bleu": "4-grams shared with the references, of 100 at most",
-               "rouge_l": "longest common subsequence, of 1 at most"}
+    meaning = {"bleu": "words in a row shared with the references; 100 at most",
+               "nist": "the same, rare words counting more; no fixed end",
+               "meteor": "words shared, synonyms too; 100 at most",
+               "rouge_l": "longest common subsequence; 100 at most",
+               "cider": "words in a row shared, weighed by rarity; no fixed end"}
 
     def __init__(self, *args, beams: int = 1, new_tokens: int = NEW_TOKENS, **more):
         super().__init__(*args, **more)

@@ -157,7 +157,7 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK_LR * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
 
 
-def report(model: Transformer, tokenizer, world: World) -> dict[str, float]:
+def report_scores(model: Transformer, tokenizer, world: World) -> dict[str, float]:
     """Measures the share of items that the model writes exactly, for each kind of item.
 
     Statements and open questions are all asked, and their value counts. The other kinds are asked
@@ -251,14 +251,14 @@ def main(argv: list[str] | None = None) -> None:
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % EVERY == 0 and step + 1 < args.steps:
-            known = report(model, tokenizer, world)
+            known = report_scores(model, tokenizer, world)
             tqdm.write(f"step {step + 1}  loss {loss:.3f}  " + json.dumps(
                 {name: round(share, 3) for name, share in known.items()}))
             save(step + 1)
     save_base(model, ranks, args.out)
     checkpoint.unlink(missing_ok=True)
     print(f"last loss {loss:.3f}, {time.time() - began:.0f} s")
-    for name, share in report(model, tokenizer, world).items():
+    for name, share in report_scores(model, tokenizer, world).items():
         print(f"{name:24} {share:.4f}")
 
 

@@ -19,8 +19,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_json(path: Path) -> dict:
     """Reads the JSON object in a file. Raises UserError if there is none."""
+    data = read_bytes(path)
     try:
-        value = json.loads(read_bytes(path))
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     if not isinstance(value, dict):

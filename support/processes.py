@@ -1,4 +1,4 @@
-"""Lets several processes train one model together, by torch.distributed.
+"""Lets several processes train one model together, by torch.distributed; hears requests to stop.
 
     torchrun --nproc-per-node 2 train.py --method dual
 torchrun starts the same command N times. Environment variables tell each process its number. Every
@@ -7,7 +7,9 @@ of them the same gradients, so they take the same step. Process 0 writes the fil
 there is one process, and the functions here change nothing.
 """
 import os
-from typing import Iterable
+import signal
+from contextlib import contextmanager
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -123,3 +125,23 @@ def sum_bucket(parameters: list[nn.Parameter]) -> None:
     sizes = [p.numel() for p in parameters]
     for p, there, gradient in zip(parameters, marks, numbers.split(sizes)):
         p.grad = gradient.view_as(p).to(p.dtype, copy=True) if there else None
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether Ctrl-C or SIGTERM (a scheduler's) has come.
+
+    So a run can stop between two steps. A second request ends the program at once.
+    """
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, usual[number])
+
+    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -16,15 +16,13 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import zipfile
 from argparse import Namespace
-from contextlib import contextmanager
 from numbers import Real as Number
 from pathlib import Path
 from types import NoneType
-from typing import Callable, Iterator
+from typing import Iterator
 
 import torch
 
@@ -149,15 +147,19 @@ class Run:
 
 
 def set_aside(out: str) -> None:
-    """Renames the run in `out` to NAME.old; an older NAME.old is deleted.
+    """Renames the run in `out` to NAME.old; an older NAME.old goes.
 
-    Raises UserError if another process works in either folder, or if NAME.old is no run.
+    Raises UserError if another process works in one of them, or NAME.old is no run.
     """
-    old, lock = Path(f"{os.path.normpath(out)}.old"), locked(out)
+    parent, name = os.path.split(out.rstrip("/"))
+    old, lock = Path(os.path.realpath(parent or "."), f"{name}.old"), locked(out)
     try:
         if old.exists():
-            if not (old / "config.json").exists():
-                raise UserError(f"{old}: is not a run, and stands where --overwrite would put one")
+            try:
+                read_config(old)
+            except UserError as error:
+                raise UserError(f"{old}: stands where --overwrite would put the older run, and is "
+                                f"no run: {error}") from None
             unlock(locked(str(old)))
             with writing(old):
                 shutil.rmtree(old)
@@ -227,8 +229,12 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
         refuse_not_finite(tensor, name)
     if saved["run"] != identity:
         raise ValueError("it is another run's, or config.json was edited")
+    if not isinstance(saved["step"], int) or saved["step"] < 0:
+        raise ValueError(f"its step is {saved['step']!r}")
     with torch.no_grad():
         for name, tensor in state(model).items():
+            if saved["model"][name].shape != tensor.shape:
+                raise ValueError(f"{name} has another shape")
             tensor.copy_(saved["model"][name])
     optimizer.load_state_dict(saved["optimizer"])
     states = saved["rng"][process_number()]
@@ -243,26 +249,6 @@ def rng_states(model) -> list:
     device = next(model.parameters()).device
     on_gpu = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *on_gpu]
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C or SIGTERM (a scheduler's) has come.
-
-    So a run can stop between two steps. A second request ends the program at once.
-    """
-    came = []
-
-    def note(number, frame):
-        came.append(number)
-        signal.signal(number, usual[number])
-
-    usual = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 # ---- what a run was
@@ -315,11 +301,17 @@ def saved_flags(given: Namespace) -> Flags:
     Raises UserError if a flag was given with another value.
     """
     saved = read_flags(given.out)
-    for name in sorted(given.given - {"out", "resume", "overwrite"}):
+    for name, value in vars(given).items():
+        if name == "given":
+            continue
         if name not in saved:
-            raise UserError(f"{given.out}/config.json: has no {name}")
-        value, began = getattr(given, name), getattr(saved, name)
-        if value != began and not same_path(value, began):
+            raise UserError(f"{given.out}/config.json: has no {name}: not a run of this version")
+        began, usual = getattr(saved, name), type(value)
+        if None not in (value, began) and not isinstance(began, (int, float) if usual is float
+                                                         else usual):
+            raise UserError(f"{given.out}/config.json: {name} is {began!r}")
+        if (name in given.given - {"out", "resume", "overwrite"} and value != began
+                and not same_path(value, began)):
             raise UserError(f"{flag(name)} {value}: the run has {began}, and a resumed run keeps "
                             f"its own flags")
     return saved
@@ -348,9 +340,11 @@ def check_same(folder: str, **now) -> None:
     """Raises UserError if a value in `now` differs from what the run began with."""
     began = read_config(folder)
     for name, value in now.items():
-        if began.get(name) != value:
-            raise UserError(f"{folder}: its {name.replace('_', ' ')} is not what the run began with"
-                            + f": {value}, then {began.get(name)}" * isinstance(value, int))
+        if name not in began:
+            raise UserError(f"{folder}/config.json: has no {name}: not a run of this version")
+        if began[name] != value:
+            detail = f": {value}, then {began[name]}" if isinstance(value, int) else ""
+            raise UserError(f"{folder}: not what the run began with: {name}{detail}")
 
 
 def weights_dtype(dtype: str, method: str | None) -> torch.dtype:

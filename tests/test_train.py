@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -262,7 +264,7 @@ def test_training_goes_on_from_adapters_that_peft_saved(method, base, capsys):
     Path("run/config.json").write_text(json.dumps(config))
     Path("run/result.json").unlink()
     export_peft(model, "theirs")                            # others than the run began with
-    assert "its adapters is not" in refused(capsys, "--resume", "--out", "run")
+    assert "not what the run began with: adapters" in refused(capsys, "--resume", "--out", "run")
     for more in (["--method", method], ["--rank", "3"], ["--targets", "q"]):
         assert f"{more[0]}: --from-peft brings its own" in refused(capsys, *flags, *more)
     assert "adapter_config.json" in refused(capsys, "--from-peft", "nowhere", *SHORT)
@@ -305,3 +307,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(c
     assert stop.value.code == 1 and last.startswith("error: step 3: loss nan")
     assert torch.load("run/checkpoint.pt", weights_only=True)["step"] == 2
     assert last.endswith("the last checkpoint is run/checkpoint.pt")
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+def test_the_validation_loss_is_loss_over_size(loss_on, items, base):
+    train.main(["--method", "lora", *items, "--steps", "2", "--loss-on", loss_on])
+    model, tokenizer = load_pretrained(BASE)
+    load(model, "run/adapter.safetensors")
+    task = load_task("jsonl", Setup(tokenizer, model.config, 256, loss_on=loss_on),
+                     data="items.jsonl")
+    with torch.no_grad():
+        by_hand = task.loss(model, task.valid).item() / task.size(task.valid)
+    assert result_of("run")["valid"]["loss"] == pytest.approx(by_hand, rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_to_stop_in_the_last_step_stops_the_run_too(number, items, monkeypatch):
+    layer = METHODS["lora"].layer
+    monkeypatch.setattr(layer, "on_step", lambda layers, step, total: (
+        step == total - 1 and os.kill(os.getpid(), number)))
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--method", "lora", *items, "--steps", "3"])
+    assert stop.value.code == 130 and not Path("run/result.json").exists()

@@ -85,7 +85,7 @@ def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
 def test_a_command_can_be_given_again(capsys, monkeypatch):
     line, = listed(capsys, "--methods", "dual", "--lrs", "x1", "--out", "sweep", *SHORT)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: exit("killed"))
+        patch.setattr(train, "report", lambda *_: exit("killed"))
         with pytest.raises(SystemExit):
             train.main(line)
     train.main(line)

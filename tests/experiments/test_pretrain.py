@@ -99,7 +99,7 @@ def test_the_text_depends_on_the_step_and_counts_answers_only(base, monkeypatch)
 def test_a_step_is_adamw_on_the_text_s_loss_and_the_drills(base, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "TOKENS", 200)
     monkeypatch.setattr(pretrain, "START_STEPS", 1)
-    monkeypatch.setattr(pretrain, "report", lambda *_: {})
+    monkeypatch.setattr(pretrain, "report_scores", lambda *_: {})
     pretrain.main(["--steps", "2", "--out", str(tmp_path)])
     trained, tokenizer = load_pretrained(tmp_path)
     model = Transformer(pretrain.config())
@@ -130,7 +130,7 @@ def test_the_report_covers_every_kind_and_gives_no_answer_away(base, monkeypatch
     monkeypatch.setattr(pretrain, "recall", lambda model, setup, examples:
                         asked.extend(examples) or Scores({}, {}, []))
     world = World(people=30, places=20)
-    pretrain.report(*base, world)
+    pretrain.report_scores(*base, world)
     groups = Counter(e.group for e in asked)
     for kind in ("yes_no", "same", "which", "choice", "two_hop"):
         for who in ("taught", "untaught"):
@@ -154,7 +154,7 @@ def test_a_stopped_run_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "TOKENS", 300)
     monkeypatch.setattr(pretrain, "EVERY", 2)
     monkeypatch.setattr(pretrain, "START_STEPS", 1)
-    monkeypatch.setattr(pretrain, "report", lambda *_: {})
+    monkeypatch.setattr(pretrain, "report_scores", lambda *_: {})
     flags = ["--steps", "4", "--seed", "3", "--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
     real, calls = pretrain.text_of_step, []

@@ -100,6 +100,27 @@ def test_a_whole_module_that_is_not_there_or_holds_an_adapter_is_refused():
         injected("lora", whole=["blocks.0"])
     with pytest.raises(UserError, match="q: cannot be adapted and whole at once"):
         injected("lora", whole=["q"])
+    with pytest.raises(UserError, match="head: cannot be adapted and whole at once"):   # tied
+        inject(net(), "lora", ["head"], rank=4, whole=["embed"])
+    with pytest.raises(UserError, match="make it float32 first"):
+        injected("lora", torch.bfloat16, whole=["norm"])
+
+
+def test_a_refused_injection_leaves_the_model_as_it_was():
+    model = net()
+    with pytest.raises(UserError, match="blocks.1.q: rank"):
+        inject(model, "lora", ["q"], rank={"q": 4, "blocks.0.q": 4, "blocks.1.q": 99})
+    assert all(p.requires_grad for p in model.parameters()) and not adapters(model)
+
+
+def test_a_whole_module_s_tied_weight_is_stored_once_and_found_by_either_path(tmp_path):
+    model = train(injected("lora", whole=["head", "embed"]))
+    save(model, tmp_path / "file")
+    assert same(snapshot(load(net(), tmp_path / "file")), snapshot(model))
+    twin = net()
+    twin.other = nn.ModuleDict({"twin": twin.norm})
+    inject(twin, "lora", ["q"], rank=4, whole=["twin"])
+    assert twin.norm.weight.requires_grad
 
 
 def test_a_bad_number_in_a_whole_module_leaves_the_model_alone(tmp_path):

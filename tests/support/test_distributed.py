@@ -38,14 +38,14 @@ def kept(run, model, optimizer, step):
     if step == 4 and processes.is_main():
         shutil.copy(run.folder / "checkpoint.pt", "at4.pt")
 train.Run.checkpoint = kept
-finish, train.finish = train.finish, stop
+report, train.report = train.report, stop
 try: train.main(["--method", "lora", "--dropout", "0.2", "--out", "stopped", *{FLAGS!r}])
 except SystemExit: pass
 processes.gathered(0)
 if processes.is_main():         # as if killed after step 5, with the checkpoint of step 4
     pathlib.Path("at4.pt").replace("stopped/checkpoint.pt")
 processes.gathered(0)
-train.finish = finish
+train.report = report
 train.main(["--resume", "--out", "stopped"])
 eval.main(["--run", "lora", "--predictions", "scored.jsonl"])
 """
@@ -113,7 +113,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_began_with(three, monkeypatc
     (three / "stopped" / "result.json").unlink()
     with pytest.raises(SystemExit):
         train.main(["--resume", "--out", "stopped"])
-    assert "processes is not what the run began with: 1, then 3" in capsys.readouterr().err
+    assert "not what the run began with: processes: 1, then 3" in capsys.readouterr().err
 
 
 def test_eval_scores_in_three_processes_what_one_scores(three, monkeypatch, capsys):

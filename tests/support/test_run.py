@@ -88,6 +88,7 @@ def test_a_killed_process_leaves_a_run_that_goes_on_to_the_same_bytes():
         assert Path("killed", name).read_bytes() == Path("whole", name).read_bytes()
 
 
+GONE = object()
 STOPPED = ["--method", "lora", "--save-every", "2", *SHORT]
 
 
@@ -97,7 +98,7 @@ def stopped_once(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         train.main([*STOPPED, "--out", "whole"])
-        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main([*STOPPED, "--out", "stopped"])
     return folder
@@ -141,27 +142,30 @@ def test_a_resumed_run_keeps_its_flags(stopped, capsys):
 def test_a_resumed_run_needs_the_model_and_the_data_it_began_with(items, capsys, monkeypatch):
     shutil.copytree(BASE, "model")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--model", "model"])
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS[::-1])))
-    assert "its data is not" in refused(capsys, "--resume", "--out", "run")
+    assert "not what the run began with: data" in refused(capsys, "--resume", "--out", "run")
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     weights = load_file("model/model.safetensors")
     weights["model.norm.weight"][0] += 1
     save_file(weights, "model/model.safetensors", {"format": "pt"})
-    assert "its base is not" in refused(capsys, "--resume", "--out", "run")
-    assert "its base is not" in refused(capsys, "--run", "run", main=evaluation.main)
-    assert "its base is not" in refused(capsys, "--run", "run", "--to", "out", main=convert.main)
+    assert "not what the run began with: base" in refused(capsys, "--resume", "--out", "run")
+    assert "not what the run began with: base" in refused(capsys, "--run", "run", main=evaluation.main)
+    assert "not what the run began with: base" in refused(capsys, "--run", "run", "--to", "out", main=convert.main)
 
 
 @pytest.mark.parametrize("name, value", [
     ("model", None), ("dtype", "fp99"), ("task", "nope"), ("method", "nope"), ("lr", "0.015"),
-    ("steps", None), ("nonsense", 1), ("save_every", 3)])
+    ("steps", None), ("nonsense", 1), ("save_every", 3), ("dropout", "x"), ("alpha", GONE),
+    ("compile", GONE)])
 def test_a_config_that_was_edited_is_one_line(name, value, stopped, capsys):
     path = Path("stopped/config.json")
     config = json.loads(path.read_text())
     config["args"][name] = value
+    if value is GONE:
+        del config["args"][name]
     path.write_text(json.dumps(config))
     refused(capsys, "--resume", "--out", "stopped")
 
@@ -239,13 +243,16 @@ def test_an_existing_folder_is_kept_and_set_aside_by_overwrite(capsys):
     assert os.listdir("run") == ["mine.txt"]
     train.main([*flags, "--overwrite"])
     assert Path("run.old/mine.txt").read_text() == "precious" and result_of("run")
-    assert "run.old: is not a run" in refused(capsys, *flags, "--overwrite")    # it holds no run
+    assert "run.old: stands where" in refused(capsys, *flags, "--overwrite")    # it holds no run
+    shutil.rmtree("run.old")
+    shutil.copytree(BASE, "run.old")                        # whose config.json is a model's
+    assert "run.old: stands where" in refused(capsys, *flags, "--overwrite")
     shutil.rmtree("run.old")
     first = Path("run/result.json").read_bytes()
     train.main([*flags, "--overwrite", "--seed", "1"])
     assert Path("run.old/result.json").read_bytes() == first
     second = Path("run/result.json").read_bytes()
-    train.main([*flags, "--overwrite"])                     # the older run.old goes
+    train.main([*flags[:3], "run/", *SHORT, "--overwrite"])         # the older run.old goes
     assert Path("run.old/result.json").read_bytes() == second != first
 
 
@@ -336,13 +343,13 @@ def test_a_disk_that_fills_up_in_a_log_line_is_one_line(monkeypatch, capsys):
 
 def test_a_changed_test_part_is_refused_by_resume_and_by_eval(items, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2"])
     changed = ITEMS[:-1] + [{"prompt": "Item 29 weighs", "target": " nothing."}]
     Path("items.jsonl").write_text("\n".join(map(json.dumps, changed)))
-    assert "its data is not" in refused(capsys, "--resume", "--out", "run")
-    assert "its data is not" in refused(capsys, "--run", "run", main=evaluation.main)
+    assert "not what the run began with: data" in refused(capsys, "--resume", "--out", "run")
+    assert "not what the run began with: data" in refused(capsys, "--run", "run", main=evaluation.main)
     Path("items.jsonl").write_text("\n".join(map(json.dumps, ITEMS)))
     train.main(["--resume", "--out", "run"])
     assert_eval_repeats(capsys)
@@ -361,7 +368,7 @@ def test_another_model_s_fingerprint_differs_though_a_sample_is_read():
 
 def test_the_score_before_is_computed_once_and_can_be_left_out(items, scored, capsys, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *_: sys.exit("killed"))
+        patch.setattr(train, "report", lambda *_: sys.exit("killed"))
         with pytest.raises(SystemExit):
             train.main(["--method", "lora", *items, "--steps", "2", "--eval-every", "9"])
     before = json.loads(Path("run/config.json").read_text())["before"]
