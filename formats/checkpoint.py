@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.huggingface import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored,
-                                 is_conv1d, make_config_json, map_names, parse_config,
-                                 read_model_config, some)
+                                 few_names, is_conv1d, make_config_json, map_names, parse_config,
+                                 read_model_config)
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, refuse_not_finite
@@ -132,8 +132,8 @@ def match_tensors(model: Transformer, tensors: dict[str, Stored],
     plan = map_names(model.config, set(shapes))
     if set(plan) != set(tensors):
         raise UserError(f"{folder}: the tensors do not fit config.json: "
-                        f"missing {some(set(plan) - set(tensors)) or 'none'}; "
-                        f"unexpected {some(set(tensors) - set(plan)) or 'none'}")
+                        f"missing {few_names(set(plan) - set(tensors)) or 'none'}; "
+                        f"unexpected {few_names(set(tensors) - set(plan)) or 'none'}")
     for full, tensor in tensors.items():
         shape = (sum(shapes[ours][0] for ours in plan[full]), *shapes[plan[full][0]][1:])
         shape = shape[::-1] if is_conv1d(full) else shape
@@ -155,14 +155,14 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
     odd = set(state) - {name for names in plan.values() for name in names}
     if odd:
         raise UserError(f"{path}: the model has adapters, merge(model) before saving it; or it is "
-                        f"no {config.model_type}: {some(odd)}")
+                        f"no {config.model_type}: {few_names(odd)}")
     for name, tensor in state.items():
         refuse_not_finite(tensor, f"{path}: {name}")
     raw = make_config_json(config, model.embed.weight.dtype)
     read_back = asdict(parse_config(raw))
     lost = [name for name, value in asdict(config).items() if read_back[name] != value]
     if lost:
-        raise UserError(f"{path}: a {config.model_type} config.json cannot say this {some(lost)}")
+        raise UserError(f"{path}: a {config.model_type} config.json cannot say this {few_names(lost)}")
     tensors = {}
     for full, names in plan.items():
         parts = [state[name] for name in names]

@@ -238,7 +238,7 @@ def parse_rope(raw: dict) -> tuple[float, dict | None]:
         known.add("partial_rotary_factor")
     odd = set(rope) - known
     if kind not in ("default", "llama3") or odd:
-        raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{some(odd)} is not supported, "
+        raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{few_names(odd)} is not supported, "
                         f"only default and llama3")
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
     theta = read_value(rope, "rope_theta", "number")
@@ -367,12 +367,12 @@ def all_stored(folder: Path) -> list[Stored]:
             found = [t for shard in sorted(set(shards.values())) for t in stored_in(folder / shard)]
             lost = set(shards) - {tensor.name for tensor in found}
             if lost:
-                raise UserError(f"{index}: no shard holds {some(lost)}")
+                raise UserError(f"{index}: no shard holds {few_names(lost)}")
             return found
     raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
 
 
-def some(names) -> str:
+def few_names(names) -> str:
     """Joins the first three names, and counts the others."""
     names = sorted(" ".join(str(name).split()) for name in names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

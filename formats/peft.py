@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from formats.huggingface import FAMILIES, map_names, some, stored_in
+from formats.huggingface import FAMILIES, few_names, map_names, stored_in
 from formats.json_files import read_json
 from methods import adapters, inject
 from support.errors import UserError, refuse_not_finite
@@ -72,7 +72,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
     if config.get("whole"):
-        raise UserError(f"{folder}: the whole modules {some(config['whole'])} have no place in "
+        raise UserError(f"{folder}: the whole modules {few_names(config['whole'])} have no place in "
                         "PEFT's adapters here")
     if not layers:
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
@@ -101,7 +101,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
             modules[theirs] = fused(parts, [model.get_submodule(path) for path in ours])
     strange = set(layers) - {path for ours in known.values() for path in ours}
     if strange:
-        raise UserError(f"{folder}: no module of PEFT's for {some(strange)}")
+        raise UserError(f"{folder}: no module of PEFT's for {few_names(strange)}")
     for module, update in modules.items():
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"] = update.A.contiguous()
@@ -362,7 +362,7 @@ def read_tensors(folder: Path, model, modules) -> dict[str, dict[str, Tensor]]:
     for module, tensors in found.items():
         missing = {"lora_A", "lora_B"} - set(tensors)
         if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
-            raise UserError(f"{file}: {module} has no {some(missing) or 'matrices'}")
+            raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
     if not found:
         raise UserError(f"{file}: holds no adapters")
     return found
