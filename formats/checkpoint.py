@@ -162,7 +162,8 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
     read_back = asdict(parse_config(raw))
     lost = [name for name, value in asdict(config).items() if read_back[name] != value]
     if lost:
-        raise UserError(f"{path}: a {config.model_type} config.json cannot say this {few_names(lost)}")
+        raise UserError(f"{path}: a {config.model_type} config.json cannot say this "
+                        f"{few_names(lost)}")
     tensors = {}
     for full, names in plan.items():
         parts = [state[name] for name in names]

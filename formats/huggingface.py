@@ -238,8 +238,8 @@ def parse_rope(raw: dict) -> tuple[float, dict | None]:
         known.add("partial_rotary_factor")
     odd = set(rope) - known
     if kind not in ("default", "llama3") or odd:
-        raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{few_names(odd)} is not supported, "
-                        f"only default and llama3")
+        raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{few_names(odd)} is not "
+                        f"supported, only default and llama3")
     rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
     theta = read_value(rope, "rope_theta", "number")
     if kind == "default":

@@ -72,8 +72,8 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
     if config.get("whole"):
-        raise UserError(f"{folder}: the whole modules {few_names(config['whole'])} have no place in "
-                        "PEFT's adapters here")
+        raise UserError(f"{folder}: the whole modules {few_names(config['whole'])} have no place "
+                        "in PEFT's adapters here")
     if not layers:
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
                         "themselves: write the whole model)" * (method == "full"))
