@@ -11,12 +11,12 @@ Gradient: at lam = 0 only lam gets one from the loss. A penalty adds to P's and 
 mean of ||P^T P - I|| and ||Q Q^T - I|| over all layers (eq. 4). It keeps both near orthonormal, as
 in a singular value decomposition, so that a lam can be judged alone.
 A step, after the optimizer's:
-    1. I = |w dL/dw| of each number, smoothed               learn_importance, eq. 8 to 10
+    1. |w dL/dw| of each number, smoothed                   learn_importance, eq. 8 to 10
     2. a score for each direction                           importance, eq. 7 and 11
     3. every delta_t steps: keep the b(t) best, set the other lam to 0        budget, eq. 12
 A pruned lam still has a gradient, so a direction can come back.
-Cost: r0 (in + out + 1) parameters and two buffers of that size, and 1.02 times the time a step of
-LoRA of rank r, the average at the end; r0 = 1.5 r (25 M parameters, CPU).
+Cost: r0 (in + out + 1) parameters and two buffers of that size; 1.02 times LoRA's time a step at
+rank r, the final average, with r0 = 1.5 r (25 M parameters, CPU).
 Goes wrong: by eq. 11, a direction of steady importance scores near 0. A run too short to prune in,
 or on_step after zero_grad, is an error.
 Differs: see the class.
@@ -58,13 +58,13 @@ class AdaLoRALinear(AdapterLinear):
     init_rank: directions that each layer starts with (1.5 rank); rank: those that it keeps at the
     end, on average over the model. t_init, t_final: length of the first and the last phase in
     steps, below 1 as a share of the run; t_final is at least one step. A pruning comes every
-    delta_t steps; in between, pruned directions train and act again. The last phase
-    prunes the same ones after every step. The layers of a model share all of these.
+    delta_t steps; right after it the pruned lam train again. The last phase prunes the same ones
+    after every step. The layers of a model share all of these.
 
-    Differs from the paper, as its code does: the 1e-5; norms in the penalty, averaged, where the
-    paper sums squares; I = |w after a step * its clipped gradient before|.
-    Differs from both: the last phase begins with a pruning whatever delta_t is, as in peft; exactly
-    the budget is kept where importances are equal.
+    As the official code, not the paper: the 1e-5; the penalty averages norms, where the paper sums
+    squares; I = |new w * old, clipped gradient|.
+    As neither: the last phase begins with a pruning whatever delta_t is, as in peft; exactly the
+    budget is kept where importances are equal.
     Raises UserError if an option is out of range; for a schedule that cannot work, see start().
     """
 
@@ -182,7 +182,7 @@ class AdaLoRALinear(AdapterLinear):
                                 "optimizer.step() and before zero_grad()")
             for layer in layers:
                 layer.learn_importance()
-        # In the last phase importances rest, so that each step prunes the same directions again.
+        # In the last phase importances are fixed: each step prunes the same directions.
         if step <= t_init or (step % layers[0].delta_t != 0 and not last_phase):
             return
         sizes = [layer.init_rank for layer in layers]

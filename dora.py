@@ -11,7 +11,7 @@ Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G =
 row of G and W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. A step does nothing else.
 Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU).
 Goes wrong: if W0 is loaded after the layer is made, m still has the old W0's lengths.
-Differs: the paper says column; its code takes the rows of (out, in), as here.
+Differs: the paper norms columns; its code, as here, the rows of (out, in).
 """
 import torch
 from torch import nn
@@ -42,7 +42,7 @@ class DoRALinear(LoRALinear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         keep_squared_lengths(self)
-        self.register_load_state_dict_post_hook(keep_squared_lengths)       # magnitude stays
+        self.register_load_state_dict_post_hook(keep_squared_lengths)       # not magnitude
         self.magnitude = nn.Parameter(self.W0_squared.sqrt())
 
     def merged_weight(self):
@@ -60,11 +60,11 @@ class DoRALinear(LoRALinear):
         return self.magnitude / squared.masked_fill(squared <= 0, 1).sqrt()   # a row of 0: 0/1
 
     def squared_norm(self):
-        """Returns ||W||^2 (out,). For rows w of W0, b of s B: |w|^2 + 2 b.(w A^T) + b.(b A A^T).
+        """Returns ||W||^2 (out,). For rows v of W0, b of s B: |v|^2 + 2 b.(v A^T) + b.(b A A^T).
 
         By hand, W0 = [3, 4], A = [1, 2], b = 2 * 0.5: 25 + 2 * 11 + 5 = 52, as [4, 6] has.
         W (out, in) is never built: A A^T is (r, r), W0 A^T is (out, r).
-        Rounding matters only if B A cancels over 99 % of a row's length.
+        It loses precision only where s B A cancels over 99 % of a row.
         """
         needs_graph = self.norm_gradient and torch.is_grad_enabled()
         with full_precision(self.A), torch.set_grad_enabled(needs_graph):
@@ -73,7 +73,7 @@ class DoRALinear(LoRALinear):
             return self.W0_squared + (B * (2 * (W0 @ A.t()) + B @ (A @ A.t()))).sum(1)
 
     def forward(self, x):
-        # As the official code: W0 x + (m/||W|| - 1) W0 drop(x) + m/||W|| s B A drop(x) + bias.
+        # m/||W|| (W0 + s B A) drop(x) + bias + W0 (x - drop(x)): the official sum, regrouped.
         dropped = self.dropout(x)
         h = self.frozen(dropped) + self.low_rank(dropped)            # (..., out)
         ratio = self.ratio(self.squared_norm())

@@ -7,13 +7,13 @@ each weight moves, C (r2, in) and D (out, r2) which way; r1 = r2 = r/2 by defaul
 Idea: fine-tuning moves every weight by a size and a sign. ReLU and Sign, entry by entry, lift two
 thin products to an update of nearly full rank.
 Start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train, and all four
-matrices start Gaussian. So `warmup` is 0 in the first step: W' = W0, and all gradients are 0.
-Gradient: Sign's derivative is 0, so backward takes 1, and clips the result to [-1, 1] (section 3).
-An entry whose ReLU is 0 gets none.
+matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step, which trains nothing.
+Gradient: Sign's derivative is 0, so backward uses 1, clipping dL/dSign to [-1, 1] (section 3). An
+entry whose ReLU is 0 gets none.
 A step: on_step raises `warmup` to 1 over 5 steps. At 1 the random update has 1 % of W0's rms.
 Cost: LoRA's parameters, 1.25 times its time (25 M parameters, CPU); dropout builds the whole dW.
-Goes wrong: without on_step, or where the random update is large beside W0 (start_size).
-Differs: the paper leaves the start's size, r1, r2, the warm-up's length and C's and D's rate open.
+Goes wrong: without on_step nothing trains; a random update large beside W0 harms (start_size).
+Differs: the paper omits the start's size, r1, r2, the warm-up's length, and C's and D's rate.
 """
 import math
 
@@ -198,7 +198,7 @@ class BlockProduct(torch.autograd.Function):
                 add_product(dx, g, W.to(x.dtype))
             dW = buffer.zero_()
             add_product(dW, g.t(), x)                                     # dL/dW', (n, in)
-            # `scale` waits until the return: clip(scale v, -+1) = scale clip(v, -+1/scale).
+            # Times `scale` only at the return: clip(scale v, -+1) = scale clip(v, -+1/scale).
             dM = S.mul_(dW)
             dDC = dW.mul_(M).clamp_(-limit, limit)                        # through Sign
             dBA = dM.mul_(M.sign_())         # through ReLU: M's sign is 1 where it is on, else 0

@@ -3,11 +3,11 @@
     W' = W0 + alpha/r * B A                                            (section 4.1, eq. 3)
 
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train.
-Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it. alpha is
-divided by r to save tuning again when r changes.
+Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it.
+Dividing alpha by r saves retuning when r changes.
 Start: B is zero, so the first step sees exactly the pretrained model. A is random.
 Gradient: plain autograd's. A step does nothing else.
-Cost: r (in + out) parameters and two thin products a token; no matrix of W0's size is built.
+Cost: r (in + out) parameters and two thin products a token; nothing once merged into W0.
 Goes wrong: with full fine-tuning's learning rate, which is too low. On data/base 1e-2 is best for
 LoRA, 1e-3 for full. A larger alpha needs a lower rate.
 Differs: A is Kaiming-uniform as in the official code, where the paper says Gaussian.
@@ -53,8 +53,8 @@ class AdapterLinear(nn.Module):
     Raises UserError if rank is not in 1..min(in, out), alpha not above 0, dropout not in [0, 1),
     or an option is unknown.
     """
-    # The method's own hyperparameters: name -> (default, help). A default of None needs its type
-    # as a third: (None, help, int).
+    # The method's own hyperparameters: name -> (default, help). If the default is None, with its
+    # type: (None, help, int).
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
@@ -108,7 +108,7 @@ class AdapterLinear(nn.Module):
             return self.W0 + self.delta_weight()
 
     def forward(self, x):
-        """Returns x W0^T + bias + dropout(x) dW^T, dW = delta_weight(), built again in backward."""
+        """Returns x W0^T + bias + dropout(x) delta_weight()^T; backward builds the update again."""
         def update(x):
             with full_precision(x):
                 dW = self.delta_weight()

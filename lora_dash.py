@@ -7,7 +7,7 @@ W0 (out, in) is the pretrained weight, frozen. Its singular value decomposition 
 W0 = sum over all i of sigma_i u_i v_i^T, u_i (out,), v_i (in,). A (r, in) and B (out, r) train
 all along, the s coordinates c in the dash.
 Idea: a few of W0's own directions u_i v_i^T matter most to the task, and LoRA's first steps tell
-which. The rate of a direction is LoRA's movement along it, dW = alpha/r B A, relative to sigma_i:
+which. A direction's rate is how far dW = alpha/r B A moves along it, relative to sigma_i:
 
     |u_i^T dW v_i| / sigma_i
 
@@ -21,7 +21,7 @@ Cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times 
 Goes wrong: without on_step it stays LoRA. Dividing by sigma favours small sigmas, which may carry
 only noise; a direction of sigma 0 that moved at all comes first.
 Differs: the paper adds an eps to sigma_i, its code does not. The code counts calls of forward and
-draws a dropout mask for each update; here are optimizer steps and one mask.
+draws a dropout mask for each update; this file counts optimizer steps and draws one mask.
 """
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ class LoRADashLinear(LoRALinear):
         x = self.dropout(x)
         y = y + self.low_rank(x)
         # In pre-launch coords must get no gradient, not a gradient of 0: Adam would count these
-        # steps, and (100 of them) move coords up to twice as far in the 20 after.
+        # steps. After 100 of them it would move coords up to twice as far for 20 steps.
         if self.dashing:
             h = F.linear(x, self.Vt.to(x.dtype))                    # (..., s)
             y = y + F.linear(self.coords.to(x.dtype) * h, self.U.to(x.dtype))
@@ -101,7 +101,7 @@ class LoRADashLinear(LoRALinear):
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         due = [layer for layer in layers
                if step >= last_prelaunch_step(total_steps, layer.prelaunch) and not layer.dashing]
-        # The decompositions cost some 20 x work operations; a bar shows if that takes seconds.
+        # They cost some 20 x work operations; a progress bar shows if that takes seconds.
         work = sum(layer.W0.numel() * min(layer.W0.shape) for layer in due)
         for layer in tqdm(due, "SVD of the adapted weights", unit="layer", disable=work < 1e10):
             layer.launch()

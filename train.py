@@ -60,7 +60,7 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
                 part_loss.backward()
                 loss += part_loss.item()
             sum_gradients(trainable)                            # over processes; one: unchanged
-            loss, stopping = summed([loss, asked_to_stop()], args.device)       # likewise
+            loss, stopping = summed([loss, asked_to_stop()], args.device)
             extra = method.extra_loss(layers)           # the same in every process: not summed
             if torch.is_tensor(extra):
                 extra.backward()
@@ -76,7 +76,7 @@ def fit(model, task: Task, args: Flags, run: Run) -> None:
             line |= {"extra_loss": extra.item()} if torch.is_tensor(extra) else {}
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             after_step(step + 1, line, model, optimizer, task, args, run, stopping)
-        if summed([asked_to_stop()], args.device)[0]:       # during the last step
+        if summed([asked_to_stop()], args.device)[0]:       # asked in the last step
             raise KeyboardInterrupt
 
 
