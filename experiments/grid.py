@@ -58,6 +58,8 @@ def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
     parser.add_argument("--out", default="runs/sweep", help="folder of all runs (runs/sweep)")
     parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
     args, args.passed_on = parser.parse_known_args(argv)
+    if args.passed_on and not args.passed_on[0].startswith("-"):
+        raise UserError(f"{args.passed_on[0]}: lists are comma-separated, as --methods lora,dual")
     given = train_flags.parse_flags(args.passed_on)
     for name in ("overwrite", "resume", "from_peft"):
         if name in given.given:

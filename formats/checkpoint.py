@@ -71,7 +71,9 @@ def find_folder(path_or_repo: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo):
-        raise UserError(f"{repo}: neither a folder nor a repository of the hub (owner/name)")
+        gpt2 = re.fullmatch(r"gpt2(-\w+)?", repo)
+        hint = f"; the hub has openai-community/{repo}" if gpt2 else ""
+        raise UserError(f"{repo}: neither a folder nor a repository of the hub (owner/name){hint}")
     from huggingface_hub import snapshot_download
     try:
         fetched = Path(snapshot_download(repo, allow_patterns=[*SMALL, "model*.safetensors"]))

@@ -22,8 +22,9 @@ class NotFinite(ArithmeticError):
 def nearest(word: str, known: Iterable[str]) -> str:
     """Ends an error line: names the known word most like this one, or all known words."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {by_lower[close[0]]}?" if close else f"; known: {', '.join(known)}"
 
 
 def require(*packages: str) -> None:

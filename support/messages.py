@@ -43,8 +43,8 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
             print(f"{name}: {task.notes[name]}")
     large = not ships(args.model) and args.lr == METHODS[args.method].large_lr
     whose = f" ({METHODS[args.method].large_lr_from} for large models)" if large else ""
-    print(f"{args.steps} steps of {args.batch_size} examples, peak learning rate {args.lr:g}{whose} "
-          f"reached after {args.warmup} steps, seed {args.seed}, {args.dtype}, {args.device}"
+    print(f"{args.steps} steps of {args.batch_size} examples, peak learning rate {args.lr:g}{whose}"
+          f" reached after {args.warmup} steps, seed {args.seed}, {args.dtype}, {args.device}"
           + (f", {process_count()} processes" if process_count() > 1 else ""))
 
 

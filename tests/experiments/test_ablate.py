@@ -410,6 +410,7 @@ def test_a_request_to_stop_reaches_the_runs_and_ends_the_sweep_with_one_line(mon
     ([], "--methods"),
     (["--methods", "lora,dosa"], "did you mean"),
     (["--methods", "lora,"], "a value is missing"),
+    (["--methods", "lora", "dual"], "dual: lists are comma-separated"),
     (["--methods", "lora", "--lr", "1"], "--lrs"),
     (["--methods", "lora", "--overwrite"], "--overwrite"),
     (["--methods", "lora", "--lrs", "x"], "--lrs x"),

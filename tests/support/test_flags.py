@@ -19,6 +19,8 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 @pytest.mark.parametrize("flags, said", [
     ([], "--method is missing"),
     (["--method", "dial"], "--method dial: unknown; did you mean dual?"),
+    (["--method", "LoRA"], "--method LoRA: unknown; did you mean lora?"),
+    (["--method", "lora", "--model", "gpt2-medium"], "the hub has openai-community/gpt2-medium"),
     (["--method", "lora", "--rnk", "4"], "--rnk: unknown flag; did you mean --rank?"),
     (["--method", "lora", "--r1", "4"], "--r1: method lora does not use it"),
     (["--method", "full", "--rank", "4"], "--rank: method full does not use it"),
