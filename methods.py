@@ -157,16 +157,21 @@ def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
     return found
 
 
+def _modules_named(model, names: Iterable[str]) -> dict[str, nn.Module]:
+    """Returns path -> module that one of the names names; a module at two paths stands twice."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False)
+            if path and ends_in(path, names)}
+
+
 def _find_whole(model, names: list[str], adapted: dict[nn.Linear, str]) -> list[nn.Module]:
     """Finds the modules that `names` name.
 
     Raises UserError if one is or holds an adapted layer, shares its weight, or is not float32.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found = {path: module for path, module in modules.items() if path and ends_in(path, names)}
+    found = _modules_named(model, names)
     for name in names:
         if not any(ends_in(path, [name]) for path in found):
-            known = {path.rpartition(".")[2] for path in modules} - {""}
+            known = {path.rpartition(".")[2] for path, _ in model.named_modules()} - {""}
             raise UserError(f"whole: no module is named {name or '(nothing)'}: the model's are "
                             + ", ".join(sorted(word for word in known if not word.isdigit())))
     own = {p for module in found.values() for p in module.parameters()}
@@ -254,9 +259,7 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns path -> module that trains as it is, beside the adapters."""
-    names = model.injected.get("whole", ())
-    return {path: module for path, module in model.named_modules(remove_duplicate=False)
-            if path and ends_in(path, names)}
+    return _modules_named(model, model.injected.get("whole", ()))
 
 
 def count(model: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from data.reading import hold_out, parse_json, read_text
 from data.scoring import choice_losses, shares, write_texts
-from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt, encode_targets
+from data.task import Example, Scores, Sequence, Setup, WritingTask, encode_prompt, encode_targets
 from support.errors import UserError
 
 SETS = {    # folder -> the papers' name
@@ -169,15 +169,11 @@ def read_template(path: str | None) -> str:
 
 
 # ---- the task
-class Choices(TextTask):
+class Choices(WritingTask):
     """Scores questions with labelled options; an example's `references` are its labels."""
     meaning = {"accuracy": "right answers in what it writes",
                "likelihood": "questions whose right answer is the likeliest choice",
                "unparsed": "written texts without an answer, counted as wrong"}
-
-    def __init__(self, *args, beams: int = 1, new_tokens: int = NEW_TOKENS, **more):
-        super().__init__(*args, **more)
-        self.beams, self.new_tokens = beams, new_tokens
 
     def scored(self, example: Example) -> list[Sequence]:
         return [encode_prompt(example, self.setup, self.new_tokens),
@@ -241,4 +237,4 @@ def load(setup: Setup, data_dir: str, prompt_template: str | None = None,
     if missing:
         notes["missing"] = f"{', '.join(missing)}: not there, so not in the average"
     return Choices("commonsense", train, valid, test, setup, {"epochs": 3, "batch_size": 16},
-                   notes, beams=beams)
+                   notes, beams=beams, new_tokens=NEW_TOKENS)

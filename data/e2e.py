@@ -37,7 +37,7 @@ from typing import NamedTuple
 from data.pretraining_text import describe_subject, list_attributes
 from data.reading import numbered_lines, read_text
 from data.scoring import write_texts
-from data.task import Example, Scores, Sequence, Setup, TextTask, encode_prompt
+from data.task import Example, Scores, Sequence, Setup, WritingTask, encode_prompt
 from data.text_metrics import text_scores
 from data.wordings import RELATIONS
 from data.world import VERSION, World, pick_one, pick_several, shuffled
@@ -56,16 +56,12 @@ CHALLENGE_FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
 
-class E2E(TextTask):
+class E2E(WritingTask):
     meaning = {"bleu": "words in a row shared with the references; 100 at most",
                "nist": "the same, rare words counting more; no fixed end",
                "meteor": "words shared, synonyms too; 100 at most",
                "rouge_l": "longest common subsequence; 100 at most",
                "cider": "words in a row shared, weighed by rarity; no fixed end"}
-
-    def __init__(self, *args, beams: int = 1, new_tokens: int = NEW_TOKENS, **more):
-        super().__init__(*args, **more)
-        self.beams, self.new_tokens = beams, new_tokens
 
     def scored(self, example: Example) -> list[Sequence]:
         return [encode_prompt(example, self.setup, self.new_tokens)]
@@ -210,7 +206,7 @@ def load_mini(setup: Setup, beams: int = 1) -> E2E:
     valid, test = (described_all(world, part, 2, rng) for part in (subjects[340:370],
                                                                    subjects[370:]))
     return E2E("mini-e2e", train, valid, test, setup, {"steps": 200, "batch_size": 32},
-               beams=beams)
+               beams=beams, new_tokens=NEW_TOKENS)
 
 
 def described_all(world: World, subjects: list, n: int, rng: random.Random) -> list[Example]:

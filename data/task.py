@@ -195,6 +195,14 @@ class TextTask(Task):
         return f'"{shorten(prompt)}" -> "{shorten(written)}"{right}'
 
 
+class WritingTask(TextTask):
+    """Scores what the model writes: at most `new_tokens` tokens, found with `beams` beams."""
+
+    def __init__(self, *args, beams: int, new_tokens: int, **more):
+        super().__init__(*args, **more)
+        self.beams, self.new_tokens = beams, new_tokens
+
+
 def shorten(text: str) -> str:
     """Returns a text's last 70 characters on one line."""
     text = " ".join(text.split())

@@ -104,6 +104,7 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                      help="go on with the run in --out. A whole command with --resume can be "
                           "given again and again: it begins the run, goes on or is done")
     args = parser.parse_args(argv)
+    args.targets = ",".join(name.strip() for name in args.targets.split(","))
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))   # found from any folder
@@ -183,8 +184,8 @@ def adapt(model, args: Namespace) -> None:
         inject(model, args.method)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-        inject(model, args.method, [name.strip() for name in args.targets.split(",")], args.rank,
-               alpha, args.dropout, **options)
+        inject(model, args.method, args.targets.split(","), args.rank, alpha, args.dropout,
+               **options)
 
 
 def resolve(args: Namespace, model, task) -> Flags:

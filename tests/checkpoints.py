@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import checkpoint, some_tokens
+from reference import CONFIGS, checkpoint, some_tokens
 from safetensors.torch import load_file, save_file
 
 from model import Transformer
 from support.errors import UserError
+
+families = pytest.mark.parametrize("family", CONFIGS)
 
 
 def copy_of(family: str, top: Path, **config) -> Path:

@@ -86,3 +86,10 @@ def plain(tmp_path_factory):
         train.main(["--method", method, "--out", str(folder), *SHORT])
         return folder
     return folder_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(family, **config) copies a small checkpoint to a place where it can be changed."""
+    from checkpoints import copy_of  # imports transformers, which few tests need
+    return lambda family, **config: copy_of(family, tmp_path, **config)

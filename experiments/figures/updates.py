@@ -129,5 +129,5 @@ def draw_key(figure, axes, layer: str) -> None:
     axes.plot([0.72, 0.98], [0.62, 0.78], color="0.3", linewidth=1)
     axes.text(0.85, 0.54, "pruned by AdaLoRA", ha="center", va="top", fontsize=10.5)
     axes.text(0.5, 0, f"{layer}. Rank: singular values above 1 % of the largest. $s$: a constant. "
-              "$U$, $V'$: $W_0$'s own. $m$: drawn wider.", ha="center", va="bottom", fontsize=9.5,
-              color="0.3")
+              "$U$, $V^\\top$: $W_0$'s own. $m$: drawn wider.", ha="center", va="bottom",
+              fontsize=9.5, color="0.3")

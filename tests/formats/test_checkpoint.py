@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import copy_of, edit, refusal, same_logits, same_weights, tensors_of, write
+from checkpoints import edit, families, refusal, same_logits, same_weights, tensors_of, write
 from conftest import ROOT
-from reference import CONFIGS, checkpoint, some_tokens
+from reference import checkpoint, some_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -19,15 +19,6 @@ from formats import checkpoint as checkpoint_files
 from formats.checkpoint import load_pretrained, save_pretrained
 from generate import generate
 from model import Config, Transformer
-
-families = pytest.mark.parametrize("family", CONFIGS)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """folder(family, **config) copies a checkpoint to a place where it can be changed."""
-    return lambda family, **config: copy_of(family, tmp_path, **config)
-
 
 # ---- written back (reading is what test_model.py compares)
 

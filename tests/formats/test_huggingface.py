@@ -3,25 +3,16 @@ import json
 
 import pytest
 import torch
-from checkpoints import copy_of, edit, refusal, same_logits
+from checkpoints import edit, families, refusal, same_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import CONFIGS, LLAMA3_ROPE, checkpoint, some_tokens
+from reference import LLAMA3_ROPE, checkpoint, some_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from formats.checkpoint import load_pretrained
 from formats.huggingface import FAMILIES, parse_config
 from model import Transformer
 from support.errors import UserError
-
-families = pytest.mark.parametrize("family", CONFIGS)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """folder(family, **config) copies a checkpoint to a place where it can be changed."""
-    return lambda family, **config: copy_of(family, tmp_path, **config)
-
 
 # ---- accepted
 
