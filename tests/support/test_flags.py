@@ -126,3 +126,8 @@ def test_a_folder_s_name_that_cannot_be_used_is_refused_at_once(out, said, capsy
 ])
 def test_eval_refuses_wrong_flags_in_one_line(flags, said, capsys):
     assert said in refused(capsys, *flags, main=evaluation.main)
+
+
+def test_spaces_around_the_commas_of_targets_are_free():
+    args = flags_of_train.parse_flags(["--method", "lora", "--targets", " q , v "])
+    assert args.targets == "q,v"        # as config.json has it, and every reader of it
