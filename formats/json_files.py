@@ -4,14 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.errors import UserError
+from support.files import open_regular
 
 
 def read_bytes(path: Path) -> bytes:
     """Reads a file whole. Raises UserError if it cannot be read or is empty."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    with open_regular(path) as file:
+        data = file.read()
     if not data.strip():
         raise UserError(f"{path}: the file is empty")
     return data

@@ -1,9 +1,9 @@
-"""Writes files whole or not at all."""
+"""Opens files that have an end, and writes files whole or not at all."""
 import argparse
 import os
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import BinaryIO, Iterator
 
 from safetensors import SafetensorError
 
@@ -22,13 +22,31 @@ def new_file(name: str) -> Path:
     return path
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes.
+
+    Raises UserError if it cannot be read, or is a pipe or a device, which may have no end.
+    """
+    try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path}: not a regular file")
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns a failure to write inside the block into a UserError that names the path."""
+    """Turns a failure to write inside the block into a UserError that names the path.
+
+    torch.save raises a RuntimeError that does not tell why. Given an open file, and not its path,
+    it raises that in the wake of the OSError that tells.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save's is a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)[:200]
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(told, "strerror", None) or str(error)[:200]
         raise UserError(f"{path}: cannot write: {reason}") from error
 
 
