@@ -18,6 +18,7 @@ from formats.json_files import read_json, read_json_if_there
 from model import Config
 from support.errors import UserError, refuse_not_finite
 
+from support.files import load_pickle
 # ---- 1. tables. {} is the layer's number. Each name has a .weight, and a .bias if that is used.
 
 LLAMA = {
@@ -315,14 +316,9 @@ class Stored:
         if self.kept is not None:
             return self.kept
         if self.path.suffix != ".safetensors":
-            return load_bin(self.path)[self.name]
+            return load_pickle(self.path, map_location="cpu", mmap=True)[self.name]
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(self.name)
-
-
-def load_bin(path: Path, mmap: bool = True) -> dict[str, Tensor]:
-    """Reads a pickled checkpoint, weights_only because a pickle can run any code."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def stored_in(path: Path) -> list[Stored]:
@@ -334,11 +330,11 @@ def stored_in(path: Path) -> list[Stored]:
                 return [Stored(path, name, tuple(v.get_shape()), SAFE_DTYPES.get(v.get_dtype()))
                         for name, v in views]
         try:
-            tensors, mapped = load_bin(path), True
+            tensors, mapped = load_pickle(path, map_location="cpu", mmap=True), True
         except RuntimeError as error:           # the format before torch 1.6
             if "mmap can only be used" not in str(error):
                 raise
-            tensors, mapped = load_bin(path, mmap=False), False
+            tensors, mapped = load_pickle(path, map_location="cpu"), False
         return [Stored(path, str(name), tuple(t.shape),
                        t.dtype if t.layout is torch.strided and not t.is_meta else None,
                        kept=None if mapped else t) for name, t in tensors.items()]

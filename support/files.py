@@ -1,10 +1,13 @@
-"""Opens files that have an end, and writes files whole or not at all."""
+"""Opens files that have an end, writes files whole or not at all, and reads pickles as data."""
 import argparse
 import os
+import pickle
+import re
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
+import torch
 from safetensors import SafetensorError
 
 from support.errors import UserError
@@ -72,3 +75,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def load_pickle(path: str | Path, **options):
+    """Reads what torch.save wrote, tensors and plain values only: a pickle can run any code.
+
+    options: of torch.load. Raises ValueError if it would run code, or is broken as a pickle.
+    """
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except pickle.UnpicklingError as error:     # torch's own message tells how to run the code
+        name = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+        raise ValueError(f"it holds more than tensors, and would run code: {name[1]}" if name else
+                         "its pickle is broken") from None

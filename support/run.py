@@ -29,7 +29,7 @@ import torch
 from data import OPTIONS
 from methods import METHODS, load, save, state
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write, open_regular, writing
+from support.files import atomic_write, load_pickle, open_regular, writing
 from support.parser import flag
 from support.processes import gathered, is_main, process_number
 
@@ -226,7 +226,7 @@ def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
     with open_regular(path) as whole, zipfile.ZipFile(whole) as file:
         if file.testzip() is not None:      # torch writes checksums, but does not read them
             raise ValueError(f"{file.testzip()} in it is damaged")
-    saved = torch.load(path, weights_only=True)
+    saved = load_pickle(path)
     of_optimizer = saved["optimizer"]["state"].values()
     for name, tensor in [*saved["model"].items(), *(item for of_parameter in of_optimizer
                                                      for item in of_parameter.items())]:
