@@ -27,7 +27,7 @@ from formats.json_files import read_json
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write
+from support.files import atomic_write, open_regular
 from support.processes import is_main
 
 MAX_LENGTH = 256        # tokens of an example, unless a command says otherwise
@@ -54,6 +54,9 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
         if tokenizer.eos is None:
             tokenizer.eos = next(iter(config.eos), None)
         elif tokenizer.eos not in config.eos and tokenizer.eos < config.vocab_size:
+            if config.eos:
+                say_once(f"{path_or_repo}: the tokenizer ends a text with {tokenizer.eos}, the "
+                         f"model's config with {one_or_all(config.eos)}: any of them ends one here")
             config.eos.append(tokenizer.eos)
     tensors = by_full_name(folder, config)
     model = empty_model(config, folder, tensors)
@@ -214,6 +217,7 @@ def texts_of(source: str | Path) -> list[Path]:
     for file in files:
         if home not in file.resolve().parents:
             raise UserError(f"{file}: a link that leads out of the folder")
+        open_regular(file).close()
     return files
 
 

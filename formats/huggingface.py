@@ -18,7 +18,7 @@ from formats.json_files import read_json, read_json_if_there, read_value
 from formats.rope import OLD, parse_rope
 from model import Config
 from support.errors import UserError, refuse_not_finite
-from support.files import load_pickle
+from support.files import load_pickle, open_regular
 
 # ---- 1. tables. {} is the layer's number. Each name has a .weight, and a .bias if that is used.
 
@@ -321,6 +321,7 @@ class Stored:
 
 def stored_in(path: Path) -> list[Stored]:
     """Lists the tensors of a file without reading them. Raises UserError if it is broken."""
+    open_regular(path).close()
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
