@@ -30,12 +30,14 @@ def open_regular(path: str | Path) -> BinaryIO:
 
     Raises UserError if it cannot be read, or is a pipe or a device, which may have no end.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a regular file")
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path}: not a regular file")
         return open(path, "rb")
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError:                          # a name out of a file, with a byte 0 in it
+        raise UserError(f"{str(path)!r}: not the name of a file") from None
 
 
 @contextmanager
