@@ -4,11 +4,11 @@ Sennrich et al., 2016, arXiv:1508.07909. BPE cuts the text into words by a regul
 starts each word as its UTF-8 bytes. Then it joins the neighbouring pair that was learnt first,
 again and again, until no learnt pair is left. With the merges u+g, then h+ug:
     hugs   h u g s -> h ug s -> hug s
-tiktoken runs that loop. It wants a split pattern, and the tokens in the order learnt. This file
-has the patterns of the model families, and order_tokens(), which finds the order.
+tiktoken runs that loop on a word. It wants the tokens in the order learnt, which order_tokens()
+finds. This file has the split patterns of the model families too.
 """
 import unicodedata
-from math import inf
+from math import inf, prod
 from pathlib import Path
 from typing import Iterable
 
@@ -16,7 +16,7 @@ import regex
 import tiktoken
 
 from formats.json_files import expected_layout
-from formats.special_tokens import Tokenizer
+from formats.special_tokens import Tokenizer, check_ids
 from support.errors import UserError
 
 # Split patterns. GPT-2: openai/gpt-2, src/encoder.py. LLaMA-3: meta-llama/llama-models,
@@ -33,6 +33,8 @@ DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = dict.fromkeys(_HIDDEN, "\uffff") | {256 + n: chr(b) for n, b in enumerate(_HIDDEN)}
+# A longer pattern, or one of more repeats (all the counts in braces multiplied), is refused.
+MOST_PATTERN, MOST_REPEATS, COUNTS = 10**4, 10**5, regex.compile(r"\{(\d*),?(\d*)\}")
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
@@ -52,40 +54,60 @@ class BPETokenizer(Tokenizer):
         for token, i in vocab.items():
             self._bytes_of[i] = to_bytes(token) or token.encode()
         super().__init__(path, added, max(self._bytes_of) + 1)
-        try:
-            self._split = regex.compile(split)
-            self._encoding = tiktoken.Encoding(
-                path.name, pat_str=split, special_tokens={},
-                mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
-        except (ValueError, regex.error) as error:
-            raise UserError(f"{path}: split pattern {split!r} does not compile: "
-                            f"{' '.join(str(error).split())}") from error
-        if self._split.match(""):
-            raise UserError(f"{path}: split pattern {split!r} matches the empty text")
+        self._split = compile_split(path, split)
+        self._encoding = tiktoken.Encoding(                  # its own splitting is not used
+            path.name, pat_str=GPT2_SPLIT, special_tokens={},
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
         self._id_of_rank = list(tokens.values())
         self._missing = b"".join(byte for byte in BYTES if tokens[byte] is None)
+        self._cut(" a1\n")
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, at_start: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         if self._prefix_space and not text.startswith(" "):
             text = " " + text
-        data = text.encode()
-        if len(data.translate(None, self._missing)) == len(data):
-            try:
-                ranks = self._encoding.encode(text, disallowed_special=())
-                return [self._id_of_rank[rank] for rank in ranks]
-            except ValueError:           # its regular expressions give up on 10^6 spaces in a row
-                pass
-        # Word by word instead. From each word the tokenizers library drops the bytes that the
-        # vocabulary lacks; so does this. (The regex module knows letters of Unicode 17 and later,
-        # which tiktoken takes for symbols.)
-        words = (match.group().encode() for match in self._split.finditer(text))
-        words = (word.translate(None, self._missing) for word in words)
+        # The tokenizers library drops the bytes that the vocabulary lacks from a word; so does this.
+        words = (word.encode().translate(None, self._missing) for word in self._cut(text))
         return [self._id_of_rank[rank] for word in words if word
                 for rank in self._encoding._encode_single_piece(word)]
 
+    def _cut(self, text: str) -> list[str]:
+        """Cuts the text into words. Raises UserError if the pattern takes too long over it.
+
+        A pattern of nested repeats can take a time exponential in the text's length. The published
+        ones take less than 0.5 s for 10^6 characters, and the limit is ten times that and more.
+        """
+        seconds = 2 + len(text) / 2e5
+        try:
+            words = [match.group() for match in self._split.finditer(text, timeout=seconds)]
+        except (TimeoutError, MemoryError) as error:
+            raise UserError(f"{self.path}: split pattern {self._split.pattern[:200]!r} takes too "
+                            f"long or too much memory for a text of {len(text)} characters"
+                            ) from error
+        if not all(words):
+            raise UserError(f"{self.path}: split pattern {self._split.pattern[:200]!r} matches the "
+                            "empty text")
+        return words
+
     def decode_plain(self, ids: list[int]) -> str:
         return b"".join(self._bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+
+def compile_split(path: Path, split: str) -> regex.Pattern:
+    """Compiles a split pattern.
+
+    Raises UserError if it is wrong, or so long or so often repeated that it may take all memory:
+    (a{1000}){1000} is compiled to 10^6 letters.
+    """
+    counts = (max(int("0" + n) for n in pair) or 1 for pair in COUNTS.findall(split[:MOST_PATTERN]))
+    if len(split) > MOST_PATTERN or prod(counts) > MOST_REPEATS:
+        raise UserError(f"{path}: split pattern {split[:60]!r}...: more than {MOST_PATTERN} "
+                        f"characters or {MOST_REPEATS} repeats")
+    try:
+        return regex.compile(split)
+    except (ValueError, regex.error, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: split pattern {split[:200]!r} does not compile: "
+                        f"{' '.join(str(error).split())[:200]}") from error
 
 
 def to_bytes(token: str) -> bytes | None:
@@ -111,10 +133,8 @@ def order_tokens(vocab_path: Path, vocab: dict[str, int], merges_path: Path,
     LLaMA-3). Such tokens come last. The BPE of each must end in more than two parts, so that
     tiktoken never meets it as two neighbours.
     """
+    check_ids(vocab_path, vocab)
     with expected_layout(vocab_path):
-        if len(set(vocab.values())) < len(vocab) or not all(
-                type(i) is int and i >= 0 for i in vocab.values()):
-            raise UserError(f"{vocab_path}: ids must be whole numbers, each used once")
         ids = {data: i for token, i in vocab.items() if (data := to_bytes(token))}
     order: dict[tuple[bytes, bytes], int] = {}
     for number, pair in enumerate(pairs):
