@@ -35,6 +35,7 @@ _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = dict.fromkeys(_HIDDEN, "\uffff") | {256 + n: chr(b) for n, b in enumerate(_HIDDEN)}
 # A longer pattern, or one of more repeats (all the counts in braces multiplied), is refused.
 MOST_PATTERN, MOST_REPEATS, COUNTS = 10**4, 10**5, regex.compile(r"\{(\d*),?(\d*)\}")
+PATIENCE = 2            # seconds in which the shortest text must be cut into words
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
@@ -77,7 +78,7 @@ class BPETokenizer(Tokenizer):
         A pattern of nested repeats can take a time exponential in the text's length. The published
         ones take less than 0.5 s for 10^6 characters, and the limit is ten times that and more.
         """
-        seconds = 2 + len(text) / 2e5
+        seconds = PATIENCE + len(text) / 2e5
         try:
             words = [match.group() for match in self._split.finditer(text, timeout=seconds)]
         except (TimeoutError, MemoryError) as error:

@@ -86,6 +86,8 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
         named = {key: token for key, token in settings.items() if key.endswith("_token")}
         named |= enumerate(settings.get("additional_special_tokens") or [])
         named = {key: t["content"] if isinstance(t, dict) else t for key, t in named.items()}
+        if odd := [key for key, t in named.items() if isinstance(t, (list, dict))]:
+            raise TypeError(f"{odd[0]} is no text")
     added = collect_added(path, vocab, listed, named.values())
     with expected_layout(path):
         tokenizer = make(path, added)
