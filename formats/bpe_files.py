@@ -10,8 +10,8 @@ import json
 from functools import partial
 from pathlib import Path
 
-from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, BPETokenizer,
-                         order_tokens)
+from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
+                         BPETokenizer, order_tokens)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
 from support.errors import UserError
@@ -89,9 +89,10 @@ def find_split(path: Path, pre_tokenizer: dict) -> tuple[str, bool]:
             return DIGITS_SPLIT, False
         if step["type"] == "Split" and "Regex" in step["pattern"] and not use_regex:
             pattern = step["pattern"]["Regex"]
-            if (step["behavior"], step["invert"]) == ("Removed", True):
+            kept = step["behavior"], step["invert"]
+            if kept == ("Removed", True) or kept == ("Isolated", False) and pattern in PUBLISHED:
                 return pattern, False
-            if (step["behavior"], step["invert"]) == ("Isolated", False):
+            if kept == ("Isolated", False):
                 return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", False  # the gaps are words too
     raise UserError(f"{path}: pre-tokenizer {json.dumps(pre_tokenizer)[:300]} is not supported")
 

@@ -1,4 +1,4 @@
-"""Reads a sentencepiece model, which sentencepiece itself runs: LLaMA-1, LLaMA-2, Mistral."""
+"""Reads a sentencepiece model: LLaMA-1, LLaMA-2, Mistral. Mostly sentencepiece itself runs it."""
 from functools import partial
 from pathlib import Path
 

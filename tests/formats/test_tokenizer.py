@@ -119,9 +119,8 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, files):
 
 
 @pytest.mark.parametrize("pattern, text", [
-    (r"(?:(a|aa)+)(?=b)|\S", "a" * 60),
-    (r"(?:\w|\w\w){1,20}(?=\x00)|\S", "a" * 2000),
-    (r"(?:a*)*b|c", "a" * 10**5)])
+    pytest.param(r"(?:(a|aa)+)(?=b)|\S", "a" * 60, id="tiktoken gives up and regex takes too long"),
+    pytest.param(r"(?:\w|\w\w){1,16}(?=\x00)|\S", "a" * 300, id="tiktoken takes too long")])
 def test_a_split_pattern_that_takes_too_long_is_given_up(tmp_path, monkeypatch, pattern, text):
     monkeypatch.setattr("formats.bpe.PATIENCE", 0.2)
     for name, content in split_at(pattern).items():
@@ -135,7 +134,7 @@ def test_a_split_pattern_that_matches_between_characters_is_refused(tmp_path):
     for name, content in split_at(r"a|(?=b)").items():
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: .* matches the empty text"):
-        load_tokenizer(tmp_path).encode("ab")
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["YWJj", "a*b= 257", "YWI= x"])
