@@ -8,15 +8,16 @@ tiktoken runs that loop. It wants a split pattern, and the tokens in the order l
 has the patterns of the model families, and order_tokens(), which finds the order.
 """
 import unicodedata
-from math import inf
+from math import inf, prod
 from pathlib import Path
+from threading import Thread
 from typing import Iterable
 
 import regex
 import tiktoken
 
 from formats.json_files import expected_layout
-from formats.special_tokens import Tokenizer
+from formats.special_tokens import Tokenizer, check_ids
 from support.errors import UserError
 
 # Split patterns. GPT-2: openai/gpt-2, src/encoder.py. LLaMA-3: meta-llama/llama-models,
@@ -29,10 +30,15 @@ QWEN_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # SmolLM cuts the digits out, then splits the text between them like GPT-2, to which a digit is
 # then the end of the text.
 DIGITS_SPLIT = GPT2_SPLIT.replace(r" ?\p{N}+", r"\p{N}").replace(r"\S", r"[^\s\p{N}]")
+PUBLISHED = (GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, DIGITS_SPLIT)   # quick, and they leave no gaps
 # vocab.json writes a byte as one visible character: itself, or else the next from U+0100 on.
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = dict.fromkeys(_HIDDEN, "\uffff") | {256 + n: chr(b) for n, b in enumerate(_HIDDEN)}
+# A longer pattern, or one of more repeats (all the counts in braces multiplied), is refused.
+MOST_PATTERN, MOST_REPEATS, COUNTS = 10**4, 10**5, regex.compile(r"\{(\d*),?(\d*)\}")
+PATIENCE = 2            # seconds in which the shortest text must be cut into words
+ASCII = "".join(map(chr, range(128)))
 BYTES = [bytes([byte]) for byte in range(256)]
 
 
@@ -52,40 +58,101 @@ class BPETokenizer(Tokenizer):
         for token, i in vocab.items():
             self._bytes_of[i] = to_bytes(token) or token.encode()
         super().__init__(path, added, max(self._bytes_of) + 1)
+        self._split, self._published = compile_split(path, split), split in PUBLISHED
         try:
-            self._split = regex.compile(split)
             self._encoding = tiktoken.Encoding(
                 path.name, pat_str=split, special_tokens={},
                 mergeable_ranks={token: rank for rank, token in enumerate(tokens)})
-        except (ValueError, regex.error) as error:
-            raise UserError(f"{path}: split pattern {split!r} does not compile: "
-                            f"{' '.join(str(error).split())}") from error
-        if self._split.match(""):
-            raise UserError(f"{path}: split pattern {split!r} matches the empty text")
+        except ValueError as error:
+            raise UserError(f"{path}: split pattern {split[:200]!r} does not compile: "
+                            f"{' '.join(str(error).split())[:200]}") from error
         self._id_of_rank = list(tokens.values())
         self._missing = b"".join(byte for byte in BYTES if tokens[byte] is None)
+        self._cut(ASCII + ASCII)             # tiktoken would drop what an empty match steps over
 
-    def encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str, at_start: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         if self._prefix_space and not text.startswith(" "):
             text = " " + text
-        data = text.encode()
+        data, ranks = text.encode(), None
         if len(data.translate(None, self._missing)) == len(data):
+            ranks = self._encode_by_tiktoken(text)
+        if ranks is None:
+            # Word by word instead. From each word the tokenizers library drops the bytes that the
+            # vocabulary lacks; so does this. (The regex module knows letters of Unicode 17 and
+            # later, which tiktoken takes for symbols.)
+            words = (word.encode().translate(None, self._missing) for word in self._cut(text))
+            ranks = [rank for word in words if word
+                     for rank in self._encoding._encode_single_piece(word)]
+        return [self._id_of_rank[rank] for rank in ranks]
+
+    def _encode_by_tiktoken(self, text: str) -> list[int] | None:
+        """Encodes the text to ranks, or returns None if tiktoken's regular expressions give up.
+
+        They do on 10^6 spaces in a row. tiktoken knows no limit of time, but lets other threads
+        run. So an unknown pattern gets a thread of its own, which a UserError leaves behind.
+        """
+        found = []
+
+        def encode() -> None:
             try:
-                ranks = self._encoding.encode(text, disallowed_special=())
-                return [self._id_of_rank[rank] for rank in ranks]
-            except ValueError:           # its regular expressions give up on 10^6 spaces in a row
-                pass
-        # Word by word instead. From each word the tokenizers library drops the bytes that the
-        # vocabulary lacks; so does this. (The regex module knows letters of Unicode 17 and later,
-        # which tiktoken takes for symbols.)
-        words = (match.group().encode() for match in self._split.finditer(text))
-        words = (word.translate(None, self._missing) for word in words)
-        return [self._id_of_rank[rank] for word in words if word
-                for rank in self._encoding._encode_single_piece(word)]
+                found.extend(self._encoding.encode(text, disallowed_special=()))
+            except ValueError:
+                found.append(None)
+
+        if self._published:
+            encode()
+        else:
+            thread = Thread(target=encode, daemon=True)
+            thread.start()
+            thread.join(time_for(text))
+            if thread.is_alive():
+                raise UserError(self._too_long(text))
+        return None if None in found[:1] else found
+
+    def _cut(self, text: str) -> list[str]:
+        """Cuts the text into words. Raises UserError if the pattern takes too long over it."""
+        try:
+            words = [match.group() for match in self._split.finditer(text, timeout=time_for(text))]
+        except (TimeoutError, MemoryError) as error:
+            raise UserError(self._too_long(text)) from error
+        if not all(words):
+            raise UserError(f"{self.path}: split pattern {self._split.pattern[:200]!r} matches the "
+                            "empty text")
+        return words
+
+    def _too_long(self, text: str) -> str:
+        return (f"{self.path}: split pattern {self._split.pattern[:200]!r} takes too long or too "
+                f"much memory for a text of {len(text)} characters")
 
     def decode_plain(self, ids: list[int]) -> str:
         return b"".join(self._bytes_of.get(i, b"") for i in ids).decode("utf-8", errors="replace")
+
+
+def time_for(text: str) -> float:
+    """Gives the seconds in which a text must be cut into words.
+
+    A pattern of nested repeats can take a time exponential in the text's length. The published
+    ones take less than 0.5 s for 10^6 characters.
+    """
+    return PATIENCE + len(text) / 2e5
+
+
+def compile_split(path: Path, split: str) -> regex.Pattern:
+    """Compiles a split pattern.
+
+    Raises UserError if it is wrong, or so long or so often repeated that it may take all memory:
+    (a{1000}){1000} is compiled to 10^6 letters.
+    """
+    counts = (max(int("0" + n) for n in pair) or 1 for pair in COUNTS.findall(split[:MOST_PATTERN]))
+    if len(split) > MOST_PATTERN or prod(counts) > MOST_REPEATS:
+        raise UserError(f"{path}: split pattern {split[:60]!r}...: more than {MOST_PATTERN} "
+                        f"characters or {MOST_REPEATS} repeats")
+    try:
+        return regex.compile(split)
+    except (ValueError, regex.error, RecursionError, MemoryError) as error:
+        raise UserError(f"{path}: split pattern {split[:200]!r} does not compile: "
+                        f"{' '.join(str(error).split())[:200]}") from error
 
 
 def to_bytes(token: str) -> bytes | None:
@@ -111,10 +178,8 @@ def order_tokens(vocab_path: Path, vocab: dict[str, int], merges_path: Path,
     LLaMA-3). Such tokens come last. The BPE of each must end in more than two parts, so that
     tiktoken never meets it as two neighbours.
     """
+    check_ids(vocab_path, vocab)
     with expected_layout(vocab_path):
-        if len(set(vocab.values())) < len(vocab) or not all(
-                type(i) is int and i >= 0 for i in vocab.values()):
-            raise UserError(f"{vocab_path}: ids must be whole numbers, each used once")
         ids = {data: i for token, i in vocab.items() if (data := to_bytes(token))}
     order: dict[tuple[bytes, bytes], int] = {}
     for number, pair in enumerate(pairs):

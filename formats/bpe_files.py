@@ -10,8 +10,8 @@ import json
 from functools import partial
 from pathlib import Path
 
-from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, BPETokenizer,
-                         order_tokens)
+from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
+                         BPETokenizer, order_tokens)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
 from support.errors import UserError
@@ -39,6 +39,18 @@ def list_steps(part: dict | None, key: str) -> list[dict]:
     return part[key] if part["type"] == "Sequence" else [part]
 
 
+def read_merges(model: dict) -> list[tuple[str, ...]]:
+    """Reads the merges of tokenizer.json's model: each is "left right" or a list of both."""
+    return [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+
+
+def refuse_settings(path: Path, model: dict, *more: str) -> None:
+    """Raises UserError if the model of a tokenizer.json has a setting that is not known here."""
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", *more):
+        if model.get(name):
+            raise UserError(f"{path}: {name} {model[name]!r} is not supported")
+
+
 def load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
     """Loads a byte-level tokenizer.json, whose contents are `spec`.
 
@@ -46,15 +58,13 @@ def load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
     """
     with expected_layout(path):
         model, added = spec["model"], spec.get("added_tokens") or []
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            if model.get(name):
-                raise UserError(f"{path}: {name} {model[name]!r} is not supported")
+        refuse_settings(path, model)
         normalizers = [step["type"] for step in list_steps(spec.get("normalizer"), "normalizers")]
         if normalizers not in ([], ["NFC"]):
             raise UserError(f"{path}: normalizer {normalizers} is not supported")
         split, prefix_space = find_split(path, spec["pre_tokenizer"])
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-        tokens = order_tokens(path, model["vocab"], path, pairs, model.get("ignore_merges"),
+        tokens = order_tokens(path, model["vocab"], path, read_merges(model),
+                              model.get("ignore_merges"),
                               [token["content"] for token in added])
         if model.get("unk_token") and None in tokens.values():
             raise UserError(f"{path}: unk_token is not supported where the vocabulary lacks bytes")
@@ -79,9 +89,10 @@ def find_split(path: Path, pre_tokenizer: dict) -> tuple[str, bool]:
             return DIGITS_SPLIT, False
         if step["type"] == "Split" and "Regex" in step["pattern"] and not use_regex:
             pattern = step["pattern"]["Regex"]
-            if (step["behavior"], step["invert"]) == ("Removed", True):
+            kept = step["behavior"], step["invert"]
+            if kept == ("Removed", True) or kept == ("Isolated", False) and pattern in PUBLISHED:
                 return pattern, False
-            if (step["behavior"], step["invert"]) == ("Isolated", False):
+            if kept == ("Isolated", False):
                 return rf"(?:{pattern})|(?:(?!{pattern})[\s\S])+", False  # the gaps are words too
     raise UserError(f"{path}: pre-tokenizer {json.dumps(pre_tokenizer)[:300]} is not supported")
 

@@ -13,6 +13,7 @@ from formats.json_files import expected_layout, read_json_if_there
 from support.errors import UserError
 
 ROLES = ("bos", "eos", "pad")
+MOST_IDS = 2**24        # 60 times the largest published vocabulary
 
 
 class Tokenizer:
@@ -20,7 +21,8 @@ class Tokenizer:
 
     path: the vocabulary's file, for messages. added: text -> id. size: every other id is below it.
     vocab_size: every id is below it. bos, eos, pad: ids, or None. A subclass has
-    encode_plain(text) and decode_plain(ids), for what lies between two added tokens.
+    encode_plain(text, at_start) and decode_plain(ids), for what lies between two added tokens.
+    at_start: no added token is before it.
     """
     bos = eos = pad = None
 
@@ -43,7 +45,7 @@ class Tokenizer:
             if n % 2:                            # what the pattern found is at the odd places
                 ids.append(self.added[part])
             elif part:
-                ids += self.encode_plain(part)
+                ids += self.encode_plain(part, at_start=n == 0)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -84,6 +86,8 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
         named = {key: token for key, token in settings.items() if key.endswith("_token")}
         named |= enumerate(settings.get("additional_special_tokens") or [])
         named = {key: t["content"] if isinstance(t, dict) else t for key, t in named.items()}
+        if odd := [key for key, t in named.items() if isinstance(t, (list, dict))]:
+            raise TypeError(f"{odd[0]} is no text")
     added = collect_added(path, vocab, listed, named.values())
     with expected_layout(path):
         tokenizer = make(path, added)
@@ -110,7 +114,7 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
     file = path.with_name("tokenizer_config.json")
     with expected_layout(file):
         decoder = read_json_if_there(file).get("added_tokens_decoder") or {}
-        sources[file] = [token | {"id": i} for i, token in decoder.items()]
+        sources[file] = [token | {"id": int(i)} for i, token in decoder.items()]
         added = {text: vocab[text] for text in named if text in vocab}
     for file, tokens in sources.items():
         with expected_layout(file):
@@ -118,9 +122,29 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
                 for flag in ("lstrip", "rstrip", "single_word"):
                     if token.get(flag):
                         raise UserError(f"{file}: {flag} of {token['content']!r} is not supported")
-                if token["content"]:
-                    added[token["content"]] = int(token["id"])
+                text, i = token["content"], token["id"]
+                if not isinstance(text, str):
+                    raise UserError(f"{file}: the content of an added token is {text!r}, no text")
+                if text:
+                    added[text] = check_id(file, text, i)
     return added
+
+
+def check_ids(path: Path, vocab: dict[str, int]) -> None:
+    """Raises UserError unless the ids of a vocabulary are right, and each is used once."""
+    with expected_layout(path):
+        for token, i in vocab.items():
+            check_id(path, token, i)
+        if len(set(vocab.values())) < len(vocab):
+            raise UserError(f"{path}: an id is used twice")
+
+
+def check_id(path: Path, token: str, i: int) -> int:
+    """Returns the id `i` of a token. Raises UserError if it is no whole number, or out of bounds."""
+    if type(i) is not int or not 0 <= i < MOST_IDS:
+        raise UserError(f"{path}: the id of {token[:80]!r} is {str(i)[:80]}: not a whole number "
+                        f"below {MOST_IDS}")
+    return i
 
 
 def read_ids(folder: Path) -> dict:
@@ -132,11 +156,13 @@ def read_ids(folder: Path) -> dict:
     config = read_json_if_there(folder / "config.json")
     with expected_layout(folder / "config.json"):
         found = {"model_type": str(config.get("model_type"))}
-        found |= {"vocab_size": int(config["vocab_size"])} if config.get("vocab_size") else {}
-    for source in (read_json_if_there(folder / "generation_config.json"), config):
+        if config.get("vocab_size"):
+            found["vocab_size"] = check_id(folder / "config.json", "vocab_size",
+                                           config["vocab_size"])
+    for path in (folder / "generation_config.json", folder / "config.json"):
         for role in ROLES:
-            value = source.get(f"{role}_token_id")
+            value = read_json_if_there(path).get(f"{role}_token_id")
             value = value[0] if isinstance(value, list) and value else value
             if type(value) is int and value >= 0:
-                found[role] = value
+                found[role] = check_id(path, f"{role}_token_id", value)
     return found

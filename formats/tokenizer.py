@@ -1,20 +1,23 @@
 """Finds and loads the tokenizer that comes with a checkpoint: text <-> token ids.
 
     layout                       published with                          read by
-    tokenizer.json               LLaMA-3, Qwen, SmolLM, GPT-2            bpe_files.py
+    tokenizer.json, bytes        LLaMA-3, Qwen, SmolLM, GPT-2            bpe_files.py
+    tokenizer.json, "▁"          LLaMA-1, LLaMA-2, Mistral, TinyLlama    metaspace.py
     vocab.json + merges.txt      older checkpoints                       bpe_files.py
     encoder.json + vocab.bpe     OpenAI's GPT-2                          bpe_files.py
     *.tiktoken                   data/base                               bpe_files.py
     tokenizer.model (text)       Meta's LLaMA-3                          bpe_files.py
     tokenizer.model (binary)     LLaMA-1, LLaMA-2, Mistral               sentencepiece_file.py
 
-bpe.py has the algorithm that most of them share. special_tokens.py has the tokens outside it.
+bpe.py has the algorithm on bytes, metaspace.py the one on characters. special_tokens.py has the
+tokens outside them.
 """
 from pathlib import Path
 
 from formats.bpe_files import (list_steps, load_ranks, load_tokenizer_json, load_vocab_merges,
                                read_table)
 from formats.json_files import expected_layout, read_bytes
+from formats.metaspace import load_metaspace
 from formats.sentencepiece_file import load_sentencepiece
 from formats.special_tokens import Tokenizer
 from support.errors import UserError
@@ -23,9 +26,9 @@ from support.errors import UserError
 def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     """Loads the tokenizer of a checkpoint folder, or returns None if it has no tokenizer files.
 
-    Takes the first of these that is there: a byte-level tokenizer.json, tokenizer.model,
-    vocabulary and merges, *.tiktoken. Raises UserError, which names the file, if the ids would
-    not be those of the reference.
+    Takes the first of these that is there: a tokenizer.json of BPE, tokenizer.model, vocabulary
+    and merges, *.tiktoken. Raises UserError, which names the file, if the ids would not be those
+    of the reference.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -39,9 +42,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
             steps = [step["type"] for step in steps]
         if kind == "BPE" and "ByteLevel" in steps:
             return load_tokenizer_json(main, spec)
-        if not model.exists():
-            raise UserError(f"{main}: {kind!r} with pre-tokenizer {steps} is not byte-level BPE: "
-                            "the checkpoint's tokenizer.model must be beside it")
+        try:
+            return load_metaspace(main, spec)
+        except UserError as error:
+            if not model.exists():
+                raise UserError(f"{error} (tokenizer.model beside it would do)") from error
     if model.exists():
         if not spec and read_bytes(model).isascii():       # a sentencepiece model is binary
             return load_ranks(model)

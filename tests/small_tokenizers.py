@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
 from tokenizers import trainers
-from transformers import GPT2Tokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from formats.bpe import LLAMA3_SPLIT, QWEN_SPLIT
@@ -156,12 +156,30 @@ def llama3_pair():
 
 
 @cache
-def trained_sentencepiece() -> bytes:
+def trained_sentencepiece(**settings) -> bytes:
     file = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines()), model_writer=file, vocab_size=400,
-        model_type="bpe", byte_fallback=True, minloglevel=2)
+        model_type="bpe", byte_fallback=True, minloglevel=2, **settings)
     return file.getvalue()
+
+
+def llama_pieces() -> bytes:
+    """Trains a tokenizer.model with the settings of LLaMA's: the text is left as it is."""
+    return trained_sentencepiece(
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        allow_whitespace_only_pieces=True)
+
+
+@cache
+def llama_json() -> str:
+    """Returns the tokenizer.json that transformers makes of llama_pieces(), <tool> added."""
+    folder = write_json(new_folder(), tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    (folder / "tokenizer.model").write_bytes(llama_pieces())
+    saved = AutoTokenizer.from_pretrained(folder)
+    saved.add_tokens([AddedToken(text, normalized=False) for text in ("<tool>", "<tool>>")])
+    saved.save_pretrained(folder)
+    return (folder / "tokenizer.json").read_text(encoding="utf-8")
 
 
 @cache

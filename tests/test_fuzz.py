@@ -281,11 +281,31 @@ def used(folder: str) -> None:
         tokenizer.decode(tokenizer.encode("abcd <s> x1"))
 
 
+def spec_of_pieces() -> dict:
+    """Makes a tokenizer.json with "▁" for a space, of few merges and of all bytes."""
+    merges = ["a b", "▁ a", "c d", "ab cd"]
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcd",
+              *(m.replace(" ", "") for m in merges), "<unk>"]
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                {"type": "ByteFallback"}, {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    return {"added_tokens": [{"id": len(tokens), "content": "<s>", "normalized": False}],
+            "normalizer": {"type": "Sequence", "normalizers": [
+                {"type": "Prepend", "prepend": "▁"},
+                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]},
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁",
+                              "prepend_scheme": "first", "split": True},
+            "decoder": {"type": "Sequence", "decoders": decoders},
+            "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)},
+                      "merges": merges, "unk_token": "<unk>", "fuse_unk": True,
+                      "byte_fallback": True}}
+
+
+@pytest.mark.parametrize("make", [spec, spec_of_pieces], ids=["bytes", "pieces"])
 @fuzzed
 @given(data=st.data())
-def test_any_tokenizer_json(data):
-    content = json.dumps(spec()).encode()
-    content = data.draw(damaged(content) | altered(spec()).map(
+def test_any_tokenizer_json(make, data):
+    content = data.draw(damaged(json.dumps(make()).encode()) | altered(make()).map(
         lambda value: json.dumps(value).encode()))
     with tempfile.TemporaryDirectory() as place:
         Path(place, "tokenizer.json").write_bytes(content)

@@ -149,6 +149,13 @@ def test_saved_ranks_are_read_by_tiktoken(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["base.tiktoken"]
 
 
+@pytest.mark.parametrize("kind", ["llama3", "a split with gaps"])
+def test_a_letter_newer_than_the_references_unicode_is_split_as_they_do(kind):
+    """The regex module takes U+0558 for a letter; tiktoken and tokenizers do not know it yet."""
+    mine, reference = json_pair(kind)
+    agree(mine, reference, "the\u0558the \U00011de0 1")
+
+
 def test_llama3_special_tokens_have_the_published_places():
     mine, reference = llama3_pair()
     names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]

@@ -24,7 +24,14 @@ def edited(**changes):
     return {"tokenizer.json": json.dumps(spec)}
 
 
+def split_at(pattern):
+    """tokenizer.json with another split pattern."""
+    return edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Removed", "invert": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]})
 
+
+BAD_IDS = [-1, 1.5, float("inf"), float("nan"), 2**24, 2**31, 10**30, True, "1x"]
 VOCAB = json.dumps({c: i for i, c in enumerate(sorted(pre.ByteLevel.alphabet()))})
 BAD_FILES = {                                         # the first file is the one to be named
     "malformed JSON": {"tokenizer.json": "{"},
@@ -45,10 +52,45 @@ BAD_FILES = {                                         # the first file is the on
     "a pattern that matches nothing": edited(pre_tokenizer={"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": "a*"}, "behavior": "Isolated", "invert": False},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
+    "a pattern of 20,000 characters": split_at("a|b|" * 5000 + "c"),
+    "a repeat of a repeat": split_at("(a{1000}){1000}"),
+    "a count of 9,000 digits": split_at(f"a{{{'9' * 9000}}}"),
+    "a count above all memory": split_at("a{3,4000000000}"),
+    "a nested pattern": split_at("(" * 4000 + "a" + ")" * 4000),
+    "a pattern within itself": split_at(r"(?R)?a"),
     "dropout": edited(dropout=0.1),
     "an end-of-word suffix": edited(end_of_word_suffix="</w>"),
     "a token that strips": edited(added_tokens=[{"id": 500, "content": "<m>", "lstrip": True}]),
     "a token without an id": edited(added_tokens=[{"content": "<m>"}]),
+    **{f"an added token with the id {i}": edited(added_tokens=[{"id": i, "content": "<m>"}])
+       for i in BAD_IDS},
+    **{f"the id {i} in added_tokens.json": {
+        "added_tokens.json": json.dumps({"<a>": i}), "base.tiktoken": rank_lines()}
+       for i in BAD_IDS},
+    **{f"the id {i} in tokenizer_config.json": {"tokenizer_config.json": json.dumps(
+        {"added_tokens_decoder": {i: {"content": "<a>"}}}), "base.tiktoken": rank_lines()}
+       for i in BAD_IDS if i is not True},
+    **{f"the id {i} in the vocabulary": edited(vocab={**json.loads(VOCAB), "ab": i}, merges=[])
+       for i in BAD_IDS},
+    **{f"the vocab_size {i}": {"config.json": json.dumps({"vocab_size": i}),
+                               "base.tiktoken": rank_lines()} for i in BAD_IDS},
+    "an eos that is too large": {"config.json": json.dumps({"eos_token_id": 2**31}),
+                                 "base.tiktoken": rank_lines()},
+    "a generation_config with too large an eos": {
+        "generation_config.json": json.dumps({"eos_token_id": [2**31]}),
+        "base.tiktoken": rank_lines()},
+    "an added token that is a number": edited(added_tokens=[{"id": 500, "content": 5}]),
+    "an added token that is a list": {
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": {"300": {"content": ["a"]}}}),
+        "base.tiktoken": rank_lines()},
+    "a special token that is a number": {
+        "special_tokens_map.json": json.dumps({"bos_token": {"content": ["a"]}}),
+        "base.tiktoken": rank_lines()},
+    **{f"100,000 brackets in {name}": {name: "[" * 10**5 + "]" * 10**5,
+                                       "base.tiktoken": rank_lines()}
+       for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                    "added_tokens.json", "config.json", "generation_config.json")},
+    "100,000 brackets in vocab.json": {"vocab.json": "[" * 10**5, "merges.txt": "a b"},
     "no merges": {"merges.txt": None, "vocab.json": VOCAB},
     "no vocabulary": {"vocab.json": None, "merges.txt": "a b\n"},
     "a line of merges with one token": {"merges.txt": "#version: 0.2\nab\n", "vocab.json": VOCAB},
@@ -73,7 +115,26 @@ def test_a_bad_file_is_one_line_that_names_it(tmp_path, files):
     with pytest.raises(UserError) as caught:
         load_tokenizer(tmp_path)
     message = str(caught.value)
-    assert next(iter(files)) in message and "\n" not in message
+    assert next(iter(files)) in message and "\n" not in message and len(message) < 600
+
+
+@pytest.mark.parametrize("pattern, text", [
+    pytest.param(r"(?:(a|aa)+)(?=b)|\S", "a" * 60, id="tiktoken gives up and regex takes too long"),
+    pytest.param(r"(?:\w|\w\w){1,16}(?=\x00)|\S", "a" * 300, id="tiktoken takes too long")])
+def test_a_split_pattern_that_takes_too_long_is_given_up(tmp_path, monkeypatch, pattern, text):
+    monkeypatch.setattr("formats.bpe.PATIENCE", 0.2)
+    for name, content in split_at(pattern).items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: split pattern .* takes too long"):
+        load_tokenizer(tmp_path).encode(text)
+
+
+def test_a_split_pattern_that_matches_between_characters_is_refused(tmp_path):
+    """The b would be lost."""
+    for name, content in split_at(r"a|(?=b)").items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer\.json: .* matches the empty text"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("line", ["YWJj", "a*b= 257", "YWI= x"])
