@@ -63,7 +63,7 @@ def print_scores(scores: Scores) -> None:
 
 
 def write_answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
-    """Returns the text that greedy decoding writes after the prompt.
+    """Returns the text that greedy decoding writes after the prompt, without special tokens.
 
     Raises UserError if the prompt fills all positions of the model.
     """
@@ -71,7 +71,7 @@ def write_answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     room = model.config.max_positions - len(ids)
     if room < 1:
         raise UserError(f"--prompt: its {len(ids)} tokens fill all of the model's positions")
-    return tokenizer.decode(generate(model, [ids], min(max_new_tokens, room))[0])
+    return tokenizer.decode(generate(model, [ids], min(max_new_tokens, room))[0], special=False)
 
 
 def parse_evaluation(argv: list[str] | None) -> Namespace:

@@ -46,7 +46,10 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
 
 
 def read_template(path: str | None) -> str:
-    """Reads a prompt template (None: data/prompt.txt); raises UserError if it does not hold {instruction} once."""
+    """Reads a prompt template; None is data/prompt.txt.
+
+    Raises UserError if it does not hold {instruction} once.
+    """
     path = path or Path(__file__).with_name("prompt.txt")
     template = read_text(path).rstrip()
     if template.count("{instruction}") != 1:

@@ -1,9 +1,9 @@
 """Reads a user's examples: rows of three forms, as JSON lines or as one JSON array.
 
-    {"prompt": "Colour a:", "target": " red"}                           as it stands
-    {"instruction": "Add", "input": "1 2", "output": "3"}               alpaca's; `input` is optional
+    {"prompt": "Colour a:", "target": " red"}                          as it stands
+    {"instruction": "Add", "input": "1 2", "output": "3"}              alpaca's; `input` is optional
     {"messages": [{"role": "user", "content": "Hi"},
-                  {"role": "assistant", "content": "Hello"}]}           a chat
+                  {"role": "assistant", "content": "Hello"}]}          a chat
 
 An alpaca row's instruction and input stand in data/prompt.txt, and its output is the target.
 A chat's last turn, the assistant's, is the target. All before it is the prompt. The tokenizer's own

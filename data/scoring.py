@@ -134,5 +134,5 @@ def write_texts(model, setup: Setup, examples: list[Example], max_new_tokens: in
     for indices in by_length(prompts, rows, "writing"):
         new = generate(model, [prompts[i].tokens for i in indices], max_new_tokens, **options)
         for i, ids in zip(indices, new):
-            texts[i] = setup.tokenizer.decode(ids)
+            texts[i] = setup.tokenizer.decode(ids, special=False)
     return joined(texts)

@@ -197,7 +197,7 @@ class TextTask(Task):
             prompt = self.setup.tokenizer.decode(tokens)
         with scoring(model):
             new = generate(model, [list(tokens)], new_tokens)[0]
-        written = (self.setup.tokenizer.decode(new).strip().splitlines() or [""])[0]
+        written = (self.setup.tokenizer.decode(new, special=False).strip().splitlines() or [""])[0]
         return f'"{shorten(prompt)}" -> "{shorten(written)}"{right}'
 
 

@@ -58,7 +58,8 @@ class ChatTemplate:
             raise TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
+            trim_blocks=True, lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", Generation])
         environment.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
             value, ensure_ascii=ensure_ascii, **options)
         environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}

@@ -20,11 +20,13 @@ class Tokenizer:
     """Encodes and decodes added tokens, and leaves the text between them to a subclass.
 
     path: the vocabulary's file, for messages. added: text -> id. size: every other id is below it.
-    vocab_size: every id is below it. bos, eos, pad: ids, or None. A subclass has
-    encode_plain(text, at_start) and decode_plain(ids), for what lies between two added tokens.
-    at_start: no added token is before it.
+    vocab_size: every id is below it. bos, eos, pad: ids, or None. special: ids of added tokens that
+    are marks, such as <|endoftext|>, and no text. A subclass has encode_plain(text, at_start) and
+    decode_plain(ids), for what lies between two added tokens. at_start: no added token is before
+    it.
     """
     bos = eos = pad = None
+    special: set[int] = set()
 
     def __init__(self, path: Path, added: dict[str, int], size: int):
         self.path, self.added = path, added
@@ -48,8 +50,8 @@ class Tokenizer:
                 ids += self.encode_plain(part, at_start=n == 0)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Decodes `ids`, special tokens included.
+    def decode(self, ids: Iterable[int], special: bool = True) -> str:
+        """Decodes `ids`, with or without special tokens.
 
         U+FFFD stands for bytes that are not UTF-8. An id that no token uses gives no text. Raises
         UserError if an id is outside the vocabulary.
@@ -58,6 +60,8 @@ class Tokenizer:
         for i in map(int, ids):
             if not 0 <= i < self.vocab_size:
                 raise UserError(f"{self.path}: token id {i} is outside its {self.vocab_size} ids")
+            if i in self.special and not special:
+                continue
             if i in self._text_of:
                 texts += [self.decode_plain(run), self._text_of[i]]
                 run = []
@@ -68,7 +72,7 @@ class Tokenizer:
 
 def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: list[dict],
                     roles: dict[str, int | None]) -> Tokenizer:
-    """Builds a tokenizer with make(path, added), and gives it bos, eos and pad.
+    """Builds a tokenizer with make(path, added), and gives it bos, eos, pad and special.
 
     vocab: token -> id. listed: the added tokens that the vocabulary's own file lists. roles: bos,
     eos and pad as that file or the tokenizer's class has them.
@@ -88,9 +92,10 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
         named = {key: t["content"] if isinstance(t, dict) else t for key, t in named.items()}
         if odd := [key for key, t in named.items() if isinstance(t, (list, dict))]:
             raise TypeError(f"{odd[0]} is no text")
-    added = collect_added(path, vocab, listed, named.values())
+    added, special = collect_added(path, vocab, listed, named.values())
     with expected_layout(path):
         tokenizer = make(path, added)
+    tokenizer.special = special
     config = read_ids(path.parent)
     tokenizer.vocab_size = max(tokenizer.vocab_size, config.get("vocab_size", 0))
     for role in ROLES:
@@ -101,15 +106,17 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
 
 
 def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
-                  named: Iterable[str]) -> dict[str, int]:
-    """Collects the added tokens of all files: text -> id.
+                  named: Iterable[str]) -> tuple[dict[str, int], set[int]]:
+    """Collects the added tokens of all files: text -> id, and the ids of the special ones.
 
     Takes the `named` tokens that are in the vocabulary, those of added_tokens.json, those `listed`
     in `path`, and those of added_tokens_decoder in tokenizer_config.json. A later one replaces an
-    earlier one of the same text.
+    earlier one of the same text. All are special but those of added_tokens.json, and those that a
+    file says not to be.
     """
-    file = path.with_name("added_tokens.json")
-    sources = {file: [{"content": text, "id": i} for text, i in read_json_if_there(file).items()]}
+    file, special = path.with_name("added_tokens.json"), set(named)
+    sources = {file: [{"content": text, "id": i, "special": False}
+                      for text, i in read_json_if_there(file).items()]}
     sources[path] = listed
     file = path.with_name("tokenizer_config.json")
     with expected_layout(file):
@@ -127,7 +134,8 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
                     raise UserError(f"{file}: the content of an added token is {text!r}, no text")
                 if text:
                     added[text] = check_id(file, text, i)
-    return added
+                    special |= {text} if token.get("special", True) else set()
+    return added, {i for text, i in added.items() if text in special}
 
 
 def check_ids(path: Path, vocab: dict[str, int]) -> None:

@@ -44,6 +44,16 @@ def test_ids_in_config_json_count_where_no_token_is_named(tmp_path):
     assert roles_of(load_tokenizer(tmp_path)) == (None, None, 9)
 
 
+def test_special_tokens_can_be_left_out_of_the_text():
+    text = "a <|endoftext|><tool>b <|im_start|>c"
+    for mine, reference in (gpt2_pair(), qwen_pair()):
+        ids = mine.encode(text)
+        assert mine.decode(ids, special=False) == reference.decode(ids, skip_special_tokens=True)
+    gpt2, qwen = (pair()[0].decode(pair()[0].encode(text), special=False)
+                  for pair in (gpt2_pair, qwen_pair))
+    assert (gpt2, qwen) == ("a <tool>b <|im_start|>c", "a b c")     # added_tokens.json, and marked
+
+
 def test_a_lone_surrogate_counts_as_the_replacement_character():
     for mine, _ in (gpt2_pair(), sentencepiece_pair()):
         assert mine.encode("a\ud83d") == mine.encode("a\ufffd")
