@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import MAX_RANK, AdapterLinear, check_whole, full_precision
+from lora import AdapterLinear, check_whole, full_precision
 from support.errors import UserError
 
 
@@ -196,7 +196,7 @@ class AdaLoRALinear(AdapterLinear):
 
     def check_options(self) -> None:
         """Refuses what is out of range."""
-        check_whole("init_rank", self.init_rank, self.rank, 2 * MAX_RANK)
+        check_whole("init_rank", self.init_rank, self.rank, 2 * self.max_rank)
         check_whole("delta_t", self.delta_t, 1)
         for name in ("t_init", "t_final"):
             t = getattr(self, name)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import MAX_RANK, AdapterLinear, check_whole
+from lora import AdapterLinear, check_whole
 from support.errors import UserError
 
 
@@ -83,8 +83,8 @@ class DualLoRALinear(AdapterLinear):
             self.r1 = self.rank // 2 if self.r2 is None else self.rank - self.r2
         if self.r2 is None:
             self.r2 = self.rank - self.r1
-        check_whole("r1", self.r1, 1, MAX_RANK)
-        check_whole("r2", self.r2, 1, MAX_RANK)
+        check_whole("r1", self.r1, 1, self.max_rank)
+        check_whole("r2", self.r2, 1, self.max_rank)
         check_whole("update_warmup", self.update_warmup, 0)
         for name in ("init_share", "init_std", "direction_lr"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:

@@ -27,8 +27,6 @@ from torch.utils.checkpoint import checkpoint
 
 from support.errors import UserError
 
-MAX_RANK = 10_000       # Above min(in, out) rank adds parameters, but no directions: not an error.
-
 
 def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
     """Raises UserError unless `value` is a whole number from low to high."""
@@ -52,7 +50,7 @@ class AdapterLinear(nn.Module):
     x (..., in) -> (..., out). Dropout acts on the update's input in training; the equation holds
     without it. A method writes delta_weight(). It may override forward() where the same thing has
     a cheaper form.
-    Raises UserError if rank is not in 1..MAX_RANK, alpha not above 0, dropout not in [0, 1), or an
+    Raises UserError if rank is not in 1..max_rank, alpha not above 0, dropout not in [0, 1), or an
     option is unknown.
     """
     # The method's own hyperparameters: name -> (default, help). If the default is None, with its
@@ -60,12 +58,13 @@ class AdapterLinear(nn.Module):
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
+    max_rank = 10_000       # above min(in, out) rank adds parameters, but no directions
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise UserError(f"an adapter needs an nn.Linear, not {type(base).__name__}")
-        check_whole("rank", rank, 1, MAX_RANK)
+        check_whole("rank", rank, 1, self.max_rank)
         if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise UserError(f"alpha must be above 0 and finite, not {alpha!r}")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
