@@ -70,11 +70,11 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
 
     A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
     to_out. A model of load_pretrained() knows its checkpoint's names too, such as q_proj, and
-    all-linear. A module at two paths gets one adapter. rank and alpha are numbers, or {path: number}
-    with every adapted layer. Modules that `whole` names train as they are, beside the adapters.
-    `own` holds the method's options. For `full` every weight trains, and the other arguments mean
-    nothing. Raises UserError if the method or an option is unknown, a name matches nothing, a
-    module is both adapted and whole, or the model is injected already.
+    all-linear. A module at two paths gets one adapter. rank and alpha are numbers, or
+    {path: number} with every adapted layer. Modules that `whole` names train as they are, beside
+    the adapters. `own` holds the method's options. For `full` every weight trains, and the other
+    arguments mean nothing. Raises UserError if the method or an option is unknown, a name matches
+    nothing, a module is both adapted and whole, or the model is injected already.
     """
     _refuse_injected(model)
     if method not in METHODS:
@@ -123,7 +123,8 @@ def _refuse_injected(model):
 
 
 def _names(names: Iterable[str]) -> list[str]:
-    return sorted({name.strip() for name in (names.split(",") if isinstance(names, str) else names)})
+    names = names.split(",") if isinstance(names, str) else names
+    return sorted({name.strip() for name in names})
 
 
 def ends_in(path: str, names: Iterable[str]) -> bool:

@@ -82,8 +82,8 @@ def refuse_adapters(folder: Path) -> None:
     if (folder / "config.json").exists():
         raise UserError(f"{folder}: adapter_config.json beside the model: transformers would apply "
                         "these adapters; move them to a folder of their own, for --from-peft")
-    raise UserError(f"{folder}: holds PEFT's adapters, not a model: give it as --from-peft, and the "
-                    "model that they adapt as --model")
+    raise UserError(f"{folder}: holds PEFT's adapters, not a model: give it as --from-peft, and "
+                    "the model that they adapt as --model")
 
 
 def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,

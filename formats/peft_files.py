@@ -32,9 +32,10 @@ HARMLESS = {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_typ
             "runtime_config", "qalora_group_size", "ensure_weight_tying", "ephemeral_gpu_offload",
             "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight",
             "total_step"}
-# The endings of a tensor's name that PEFT knows. It loads adapters under the name `default`.
-ENDINGS = {"LORA": [".weight", ".default.weight"], "ADALORA": ["", ".default"]}
-MAGNITUDE_ENDINGS = ["", ".weight", ".default.weight"]
+# What may follow a tensor's kind in its name. PEFT loads adapters under the name `default`.
+ENDINGS = {"LORA": {**dict.fromkeys(["lora_A", "lora_B"], [".weight", ".default.weight"]),
+                    "lora_magnitude_vector": ["", ".weight", ".default.weight"]},
+           "ADALORA": dict.fromkeys(["lora_A", "lora_B", "lora_E"], ["", ".default"])}
 # Programs that hold a model in another module put these into the names.
 WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel",
             "_fsdp_wrapped_module": "FSDP", "_checkpoint_wrapped_module": "checkpointing"}
@@ -197,7 +198,7 @@ def read_tensors(folder: Path, config: PeftConfig, model: nn.Module) -> dict[str
         names[module, parts[2]] = stored.name
         found.setdefault(module, Found(parts[1], {})).tensors[parts[2]] = numbers(stored)
     for module, (_, tensors) in found.items():
-        missing = {"lora_A", "lora_B"} - set(tensors)
+        missing = {"lora_A", "lora_B", *["lora_E"] * config.is_adalora} - set(tensors)
         if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
             raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
     if not found:
@@ -220,12 +221,13 @@ def refuse_ignored(stored: Stored, config: PeftConfig) -> None:
     if not stored.name.startswith("base_model.model."):
         raise UserError(f"{where}, which does not begin with base_model.model.")
     kind, ending = re.fullmatch(r".*?(lora_\w*)(.*)", stored.name, re.DOTALL).groups()
-    endings = ENDINGS[config.raw["peft_type"]]
-    if kind == "lora_magnitude_vector" and not config.is_adalora:
-        endings = MAGNITUDE_ENDINGS
-    if ending not in endings and kind in ("lora_A", "lora_B", "lora_E", "lora_magnitude_vector"):
-        raise UserError(f"{where}, which has no adapter but `default`: rename its end to "
-                        f"{kind}{endings[0]}")
+    kinds = ENDINGS[config.raw["peft_type"]]
+    if kind not in kinds:
+        raise UserError(f"{stored.path}: {stored.name:.200}: {kind} is not read in an adapter of "
+                        f"peft_type {config.raw['peft_type']}")
+    if ending not in kinds[kind]:
+        raise UserError(f"{where}: its name must end in {kind}{kinds[kind][0]}, or in "
+                        f"{kind}{kinds[kind][-1]}")
 
 
 def numbers(stored: Stored) -> Tensor:

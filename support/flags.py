@@ -38,8 +38,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                       help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
-    what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, in a "
-                      "folder or on the hub, instead of --method, --rank, --alpha, --dropout, "
+    what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, in "
+                      "a folder or on the hub, instead of --method, --rank, --alpha, --dropout, "
                       "--targets")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,

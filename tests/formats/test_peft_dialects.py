@@ -102,11 +102,11 @@ def test_names_with_the_adapters_name_in_them_are_read(kind, old, new, saved, tm
 
 
 @pytest.mark.parametrize("kind, old, new, said", [
-    ("lora", ".weight", ".mine.weight", "rename its end to lora_[AB].weight"),
-    ("lora", ".weight", "", "rename its end to lora_[AB].weight"),
-    ("adalora", "lora_E", "lora_E.mine", "rename its end to lora_E"),
-    ("adalora", "lora_B", "lora_B.weight", "rename its end to lora_B"),
-    ("dora", "magnitude_vector", "magnitude_vector.default", "rename its end to lora_magnitude_v"),
+    ("lora", ".weight", ".mine.weight", "its name must end in lora_[AB].weight"),
+    ("lora", ".weight", "", "its name must end in lora_[AB].weight"),
+    ("adalora", "lora_E", "lora_E.mine", "its name must end in lora_E"),
+    ("adalora", "lora_B", "lora_B.weight", "its name must end in lora_B"),
+    ("dora", "magnitude_vector", "magnitude_vector.default", "must end in lora_magnitude_vector"),
     ("lora", "base_model.", "_orig_mod.base_model.", "torch.compile: take `_orig_mod.` out"),
     ("lora", "base_model.model.", "base_model.model._orig_mod.", "torch.compile"),
     ("lora", "q_proj.", "q_proj._orig_mod.", "torch.compile"),
@@ -182,6 +182,9 @@ def test_trained_copies_are_refused_since_peft_loads_them(name, saved, tmp_path)
     ({"foo.bar": torch.ones(3)}, {}, "foo.bar: neither an adapter nor a weight"),
     ({"base_model.model.lm_head.weight": torch.ones(99, 32)}, {}, "lm_head.weight: not the model"),
     ({"base_model.model.lm_head.weight": torch.ones(97, 32).int()}, {}, "lm_head.weight: not the"),
+    ({"base_model.model.model.layers.0.self_attn.q_proj.lora_E.weight": torch.ones(4, 1)}, {},
+     "lora_E is not read in an adapter of peft_type LORA"),
+    ({}, dict(peft_type="ADALORA"), "its name must end in lora_A, or in lora_A.default"),
     ({}, dict(modules_to_save=["lm_head"]), "modules_to_save lm_head"),
     ({}, dict(modules_to_save="lm_head"), "modules_to_save must be a list"),
     ({}, dict(r=5), "PEFT would refuse the tensors of .*: their rank is 4, the config's 5"),
