@@ -7,14 +7,12 @@ To train on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
 
 In code, use load_pretrained, save_pretrained, export_peft and import_peft from formats/.
 """
-import shutil
 from pathlib import Path
 
-from formats.checkpoint import load_pretrained, save_pretrained, texts_of
+from formats.checkpoint import copy_texts, load_pretrained, save_pretrained, texts_of
 from formats.peft import export_peft, import_peft
 from methods import merge
 from support.errors import UserError, exit_on_user_error
-from support.files import atomic_write
 from support.parser import Parser
 from support.run import check_base, load_adapters, read_flags, weights_dtype
 
@@ -53,9 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.to is not None:
         texts = texts_of(run.model)
         save_pretrained(merge(model), target)
-        for file in texts:
-            with atomic_write(target / file.name) as temporary:
-                shutil.copyfile(file, temporary)
+        copy_texts(texts, target, model.config.eos)
     else:
         for path, lost in export_peft(model, target, args.rank, run.model).items():
             print(f"{path}: {100 * lost:.1f} % of the update lost at rank {args.rank}")

@@ -13,7 +13,7 @@ import math
 from argparse import Namespace
 
 from data import OPTIONS, TASKS, load_task, options_in
-from data.task import BATCH_SIZE, Example, Scores, Setup, first_tokens, sample
+from data.task import BATCH_SIZE, Example, Scores, Setup, encode_start, sample
 from formats.checkpoint import MAX_LENGTH, open_model
 from generate import generate
 from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
@@ -67,7 +67,7 @@ def write_answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
 
     Raises UserError if the prompt fills all positions of the model.
     """
-    ids = first_tokens(tokenizer) + tokenizer.encode(prompt)
+    ids = encode_start(prompt, tokenizer)
     room = model.config.max_positions - len(ids)
     if room < 1:
         raise UserError(f"--prompt: its {len(ids)} tokens fill all of the model's positions")

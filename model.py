@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from formats.rope import scale_speeds
+
 
 @dataclass
 class Config:
@@ -31,11 +33,12 @@ class Config:
     n_kv_heads: int                     # key/value heads; each serves H / n_kv_heads query heads
     head_dim: int                       # D; H * D may differ from C (Qwen3)
     d_ff: int                           # width inside the MLP
-    max_positions: int                  # longest sequence the checkpoint was made for
+    max_positions: int                  # longest text, in tokens, that is computed as it was meant
     model_type: str = "llama"           # the family: gpt2, llama, mistral, qwen2 or qwen3
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # LLaMA-3.1's four numbers, see rope_frequencies
+    rope_scaling: dict | None = None    # how longer texts slow the rotations, see formats/rope.py
+    beyond: dict = field(default_factory=dict)      # config.json's keys on longer texts, kept
     qkv_bias: bool = False              # Qwen2
     o_bias: bool = False
     mlp_bias: bool = False
@@ -92,25 +95,20 @@ def rope_frequencies(config: Config, device: torch.device) -> Tensor:
     """Computes how fast each pair of a head's coordinates turns: (D / 2,), in radians per token.
 
     RoPE (Su et al. 2021, arXiv 2104.09864): pair i turns by theta^(-2i/D) per token.
-    LLaMA-3.1 stretches this to a longer context (apply_scaling in meta-llama/llama-models). A pair
-    that turned less than low_freq_factor times in the old context is slowed by `factor`. A pair
-    that turned more than high_freq_factor times is kept. The speeds between are mixed linearly.
+    LLaMA-3.1 and others slow some of the pairs, to read longer texts (formats/rope.py).
     """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    speed = 1 / config.rope_theta ** exponents
-    if config.rope_scaling is None:
-        return speed
-    s = config.rope_scaling
-    low, high = s["low_freq_factor"], s["high_freq_factor"]
-    turns = s["original_max_position_embeddings"] * speed / (2 * math.pi)   # in the old context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)                       # 1: short wave
-    return speed * (keep + (1 - keep) / s["factor"])
+    return scale_speeds(1 / config.rope_theta ** exponents, config.rope_theta, config.rope_scaling)
 
 
 def rotations(config: Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Computes the cos and sin for rotate(), each of positions' shape + (D,)."""
+    """Computes the cos and sin for rotate(), each of positions' shape + (D,).
+
+    YaRN and LongRoPE make both longer by attention_factor, and with them q and k.
+    """
     angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    length = (config.rope_scaling or {}).get("attention_factor", 1)
+    cos, sin = (length * angles.cos()).to(dtype), (length * angles.sin()).to(dtype)
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 

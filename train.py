@@ -159,14 +159,14 @@ def prepare(args: Namespace, run: Run):
     args = resolve(args, model, task)
     method, layers = contract(model)
     plan = method.start(layers, args.steps)
-    began_with["data"], cut = task.fingerprint(), task.cut()
+    began_with["data"], odd = task.fingerprint(), task.counts()
 
     run.claim(args)
     if args.resume:
         check_same(run.folder, **began_with)
     else:
         run.note(args=vars(args), versions=versions(), **began_with)
-    counts = {**count(model), "cut": cut, "base": began_with["base"]}
+    counts = {**count(model), **odd, "base": began_with["base"]}
     if is_main():
         print_header(args, run, model, task, plan, counts)
     return model, task, args, counts

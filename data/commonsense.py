@@ -17,7 +17,7 @@ for validation.
 import re
 from pathlib import Path
 
-from data.reading import hold_out, parse_json, read_text
+from data.reading import hold_out, parse_json, read_template, read_text
 from data.scoring import choice_losses, shares, write_texts
 from data.task import Example, Scores, Sequence, Setup, WritingTask, encode_prompt, encode_targets
 from support.errors import UserError
@@ -157,15 +157,6 @@ def option_texts(prompt: str, labels: tuple[str, ...]) -> tuple[str, ...]:
         return ()
     return tuple(prompt[start + len(label) + 1:end].strip()
                  for start, end, label in zip(starts, ends, labels))
-
-
-def read_template(path: str | None) -> str:
-    """Reads a prompt template; raises UserError if it does not hold {instruction} once."""
-    path = Path(__file__).with_name("prompt.txt") if path is None else Path(path)
-    template = read_text(path).rstrip()
-    if template.count("{instruction}") != 1:
-        raise UserError(f"{path}: a prompt template must hold {{instruction}} once")
-    return template
 
 
 # ---- the task

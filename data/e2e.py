@@ -10,13 +10,15 @@ has 0.1), and it clips gradients at 1 (LoRA's code does not). Each validation wr
 all the beams. --max-eval 100 makes it quicker.
 
 `e2e` is the E2E NLG challenge (Novikova et al. 2017): restaurants with up to 8 attributes. DIR
-holds one of these sets of files. If it holds both, the first is read.
+holds one of these sets of files. If it holds several, the first is read.
     train.txt, valid.txt, test.txt               lines `meaning representation||reference`, as in
                                                  microsoft/LoRA: texts with a space before each stop
     trainset.csv, devset.csv, testset_w_refs.csv     the challenge's own, columns mr and ref
-Both give the same prompts, but the texts stay as they are. So score a model on the kind of files
-that it was trained on. In the training split each text is an example. In the other splits each
-meaning representation is one example, with all its texts as references.
+    train-fixed.no-ol.csv, devel-fixed.no-ol.csv, test-fixed.csv     the same with wrong attributes
+                                                 corrected (Dusek et al. 2019, 1911.03905)
+All give prompts of the same form, but the texts stay as they are. So score a model on the kind of
+files that it was trained on. In the training split each text is an example. In the other splits
+each meaning representation is one example, with all its texts as references.
 
 `mini-e2e` has that shape, about people and towns of the built-in world. Each split has its own
 subjects. Pretraining had descriptions of one to four attributes, in the prompt's order and in a
@@ -51,7 +53,9 @@ LENGTH_PENALTY = 0.9
 
 PACKAGES = ("sacrebleu", "nltk", "rouge_score")          # of the metrics
 CHALLENGE_FILES = {"txt": ("train.txt", "valid.txt", "test.txt"),
-                   "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv")}
+                   "csv": ("trainset.csv", "devset.csv", "testset_w_refs.csv"),
+                   "cleaned csv": ("train-fixed.no-ol.csv", "devel-fixed.no-ol.csv",
+                                   "test-fixed.csv")}
 # The attributes whose names differ between the challenge's files and LoRA's.
 NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 
@@ -96,8 +100,9 @@ def load(setup: Setup, data_dir: str, beams: int = 1) -> E2E:
     kind = next((kind for kind, names in CHALLENGE_FILES.items()
                  if (folder / names[0]).exists()), None)
     if kind is None:
-        raise UserError(f"--data-dir {folder}: holds neither train.txt nor trainset.csv")
-    read = {"txt": read_txt, "csv": read_csv}[kind]
+        firsts = ", ".join(names[0] for names in CHALLENGE_FILES.values())
+        raise UserError(f"--data-dir {folder}: holds none of {firsts}")
+    read = read_txt if kind == "txt" else read_csv
     splits = [read(folder / name) for name in CHALLENGE_FILES[kind]]
     train = [example(mr, [text], source) for mr, text, source in splits[0]]
     new = max(NEW_TOKENS, 1 + max(len(setup.tokenizer.encode(e.target)) for e in train))
@@ -139,19 +144,24 @@ def read_txt(path: Path) -> list[Row]:
 
 
 def read_csv(path: Path) -> list[Row]:
-    """Reads a row from each record, and writes its meaning representation as .txt files do."""
+    """Reads a row from each record, and writes its meaning representation as .txt files do.
+
+    Other columns than mr and ref may be there: the cleaned files have some.
+    """
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     pairs = []
     try:
-        header = next(rows, [])
-        if [title.strip() for title in header] != ["mr", "ref"]:
-            raise UserError(f"{path}:1: the columns must be mr and ref, not {', '.join(header)}")
+        header = [title.strip() for title in next(rows, [])]
+        if not {"mr", "ref"} <= set(header):
+            raise UserError(f"{path}:1: the columns must include mr and ref; there are "
+                            f"{', '.join(header)[:200] or 'none'}")
+        mr, ref = header.index("mr"), header.index("ref")
         for row in rows:
             where = f"{path}:{rows.line_num}"
-            if len(row) not in (0, 2):
-                raise UserError(f"{where}: {len(row)} columns instead of 2")
+            if len(row) not in (0, len(header)):
+                raise UserError(f"{where}: {len(row)} columns instead of {len(header)}")
             if row:
-                pairs.append(checked(where, normal_form(where, row[0]), row[1]))
+                pairs.append(checked(where, normal_form(where, row[mr]), row[ref]))
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num}: {error}") from None
     return not_empty(path, pairs)

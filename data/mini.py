@@ -35,7 +35,8 @@ from dataclasses import replace
 from itertools import product
 from typing import Callable, NamedTuple
 
-from data.commonsense import NEW_TOKENS, Choices, read_template
+from data.commonsense import NEW_TOKENS, Choices
+from data.reading import read_template
 from data.task import Example, Setup
 from data.wordings import RELATIONS
 from data.world import (VERSION, Fact, World, cloze, find_rivals, pick_one, relation_of, say,

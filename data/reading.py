@@ -5,6 +5,7 @@ from typing import Iterator
 
 from data.task import evenly
 from support.errors import UserError
+from support.files import open_regular
 
 
 def read_text(path: str | Path) -> str:
@@ -12,10 +13,10 @@ def read_text(path: str | Path) -> str:
 
     Raises UserError if the file cannot be read, or if a line, which it names, is not UTF-8.
     """
+    with open_regular(path) as file:
+        data = file.read()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object[:error.start].count(b"\n") + 1
         raise UserError(f"{path}:{line}: not UTF-8 text") from None
@@ -42,6 +43,15 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip(" "):         # a line of tabs has columns, so it stays
             yield number, line
+
+
+def read_template(path: str | None) -> str:
+    """Reads a prompt template (None: data/prompt.txt); raises UserError if it does not hold {instruction} once."""
+    path = path or Path(__file__).with_name("prompt.txt")
+    template = read_text(path).rstrip()
+    if template.count("{instruction}") != 1:
+        raise UserError(f"{path}: a prompt template must hold {{instruction}} once")
+    return template
 
 
 def hold_out(items: list, n: int, source: str | Path) -> tuple[list, list]:

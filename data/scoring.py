@@ -37,12 +37,16 @@ def score_targets(model, sequences: list[Sequence], batch_size: int) -> list[Sco
 
 
 def scores_of(model, hidden: Tensor, gold: Tensor, is_target: Tensor) -> list[Score]:
-    """Scores each row of a batch, from hidden (N, C) and gold (N,) of target_hidden()."""
-    loss, right = [], []
+    """Scores each row of a batch, from hidden (N, C) and gold (N,) of target_hidden().
+
+    Writing stops at any eos of the model, so each of them is right in the place of another.
+    """
+    loss, right, eos = [], [], torch.tensor(model.config.eos, device=gold.device)
     for states, tokens in zip(hidden.split(4096), gold.split(4096)):    # logits take much memory
         logits = model.logits(states).float()
         loss.append(F.cross_entropy(logits, tokens, reduction="none"))
-        right.append(logits.argmax(-1) == tokens)
+        said = logits.argmax(-1)
+        right.append((said == tokens) | torch.isin(said, eos) & torch.isin(tokens, eos))
     counts = is_target[:, 1:].sum(1).tolist()
     return [Score(l.double().sum().item(), len(l), bool(r.all()))
             for l, r in zip(torch.cat(loss).split(counts), torch.cat(right).split(counts))]
@@ -102,7 +106,7 @@ def score_choices(model, rows: list[list[Sequence]]) -> list[Score]:
     values are cached, and repeated for each sequence.
     """
     device = device_of(model)
-    shared = [min(s.start for s in row) - 1 for row in rows]    # one before the first target token
+    shared = [row[0].start - 1 for row in rows]     # one before the first target token
     heads, _ = collate([Sequence(row[0].tokens[:n], n) for row, n in zip(rows, shared)], device)
     tails = [Sequence(s.tokens[n:], s.start - n) for row, n in zip(rows, shared) for s in row]
     tokens, is_target = collate(tails, device)

@@ -53,6 +53,7 @@ class Sequence(NamedTuple):
     tokens: list[int]
     start: int
     cut: bool = False       # the prompt lost its start to the length limit
+    apart: bool = False     # the tokenizer would join the prompt's end with the target's start
 
 
 class Scores(NamedTuple):
@@ -114,9 +115,12 @@ class Task:
         """
         raise NotImplementedError
 
-    def cut(self) -> dict[str, int]:
-        """Counts the examples cut by a length limit, in train and in the other splits."""
-        return {"train": 0, "held out": 0}
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Counts odd examples for result.json and the header: what -> split -> number.
+
+        TextTask counts `cut` and `apart`, as Sequence has them, in train and in the other splits.
+        """
+        return {}
 
     def mean_loss(self, model, examples: list) -> float:
         """Returns loss / size, without gradients; each process computes its share."""
@@ -171,9 +175,11 @@ class TextTask(Task):
             digest.update(repr(pair).encode())
         return digest.hexdigest()
 
-    def cut(self) -> dict[str, int]:
-        return {"train": sum(self.sequence(e).cut for e in self.train),
-                "held out": sum(any(s.cut for s in row) for _, row in self.held_out)}
+    def counts(self) -> dict[str, dict[str, int]]:
+        return {what: {"train": sum(getattr(self.sequence(e), what) for e in self.train),
+                       "held out": sum(any(getattr(s, what) for s in row)
+                                       for _, row in self.held_out)}
+                for what in ("cut", "apart")}
 
     @cached_property
     def held_out(self) -> list[tuple]:
@@ -235,37 +241,48 @@ def first_tokens(tokenizer) -> list[int]:
     return [] if tokenizer.bos is None else [tokenizer.bos]
 
 
+def encode_start(text: str, tokenizer) -> list[int]:
+    """Encodes a text that begins a sequence: bos, then its tokens. A bos in the text is not doubled.
+    """
+    head, tokens = first_tokens(tokenizer), tokenizer.encode(text)
+    return tokens if head and tokens[:1] == head else head + tokens
+
+
 def encode_targets(example: Example, targets: Iterable[str], tokenizer, max_length: int,
                    loss_on: str = "answer", eos: bool = True) -> list[Sequence]:
     """Encodes bos, the prompt, a target and eos, for each target.
 
-    bos and eos are left out if the tokenizer has none. Prompt and target are tokenized as one text,
-    since a token can hold the end of one and the start of the other. The target starts at the first
-    token that differs from those of the prompt alone. If the longest sequence exceeds max_length,
-    all lose the same number of tokens at the start of the prompt, so that the targets are compared
-    after the same prompt. A target is never cut. Raises UserError, which names the example's line,
-    if a target does not fit in max_length, or has no token before it.
+    bos and eos are left out if the tokenizer has none, and stand there once if the text has them.
+    The prompt gets the tokens that it has alone, since a model writes after these. The target gets
+    those that follow in the two as one text. If a token there would hold the end of the prompt and
+    the start of the target, the target too gets the tokens that it has alone.
+    If the longest sequence exceeds max_length, all lose the same number of tokens at the start of
+    the prompt, so that the targets are compared after the same prompt. A target is never cut.
+    Raises UserError, which names the example's line, if a target does not fit in max_length, has
+    no token, or has none before it.
     """
-    prompt, where = example.prompt, f"{example.source}: " * bool(example.source)
-    head, tail = first_tokens(tokenizer), [tokenizer.eos] * (eos and tokenizer.eos is not None)
-    alone, rows = head + tokenizer.encode(prompt), []
-    for target in targets:
-        tokens = head + tokenizer.encode(prompt + target) + tail
-        start = 0
-        while start < min(len(alone), len(tokens)) and alone[start] == tokens[start]:
-            start += 1
-        rows.append((tokens, start, target))
-    lost = max(0, max(len(tokens) for tokens, _, _ in rows) - max_length)
-    first = min(start for _, start, _ in rows)
-    if first == 0:                      # the first target token needs one that predicts it
+    where = f"{example.source}: " * bool(example.source)
+    prompt, rows = encode_start(example.prompt, tokenizer), []
+    for text in targets:
+        joint = encode_start(example.prompt + text, tokenizer)
+        apart = joint[:len(prompt)] != prompt
+        target = tokenizer.encode(text) if apart else joint[len(prompt):]
+        if eos and tokenizer.eos is not None and target[-1:] != [tokenizer.eos]:
+            target.append(tokenizer.eos)
+        if not target:
+            raise UserError(f"{where}a target of no tokens: {text[:60]!r}")
+        rows.append((target, apart, text))
+    if not prompt:                      # the first target token needs one that predicts it
         raise UserError(f"{where}an empty prompt needs a tokenizer with a bos token, to begin "
                         f"with: {rows[0][2][:60]!r}")
-    if lost >= first:                   # bos, or the first token where there is none, stays
-        size, target = max((len(tokens) - start, target) for tokens, start, target in rows)
+    size, text = max((len(target), text) for target, _, text in rows)
+    lost = max(0, len(prompt) + size - max_length)
+    if lost >= len(prompt):             # bos, or the first token if there is none, stays
         raise UserError(f"{where}a target of {size} tokens does not fit in --max-length "
-                        f"{max_length}: {target[:60]!r}")
-    return [Sequence(tokens[:1] + tokens[1 + lost:], 1 if loss_on == "all" else start - lost,
-                     cut=lost > 0) for tokens, start, _ in rows]
+                        f"{max_length}: {text[:60]!r}")
+    prompt = prompt[:1] + prompt[1 + lost:]
+    return [Sequence(prompt + target, 1 if loss_on == "all" else len(prompt), lost > 0, apart)
+            for target, apart, _ in rows]
 
 
 def encode(example: Example | Sequence, tokenizer, max_length: int, **options) -> Sequence:
@@ -284,12 +301,15 @@ def encode_prompt(example: Example, setup: Setup, max_new_tokens: int) -> Sequen
     A prompt is cut at its start if it exceeds max_length, or leaves less than max_new_tokens of the
     model's positions. Raises UserError if there is no position for a prompt.
     """
-    head, tokens = first_tokens(setup.tokenizer), setup.tokenizer.encode(example.prompt)
-    room = min(setup.max_length, setup.config.max_positions - max_new_tokens) - len(head)
-    if room < 1:
+    tokens = encode_start(example.prompt, setup.tokenizer)
+    head = len(first_tokens(setup.tokenizer))
+    room = min(setup.max_length, setup.config.max_positions - max_new_tokens)
+    if room <= head:
         raise UserError(f"the model's {setup.config.max_positions} positions leave no room for a "
                         f"prompt beside the {max_new_tokens} new tokens of this task")
-    return checked_sequence(Sequence(head + tokens[-room:], 0, cut=len(tokens) > room), setup)
+    cut = len(tokens) > room
+    tokens = tokens[:head] + tokens[head - room:] if cut else tokens
+    return checked_sequence(Sequence(tokens, 0, cut), setup)
 
 
 def checked_sequence(sequence: Sequence, setup: Setup) -> Sequence:
@@ -309,7 +329,7 @@ def collate(sequences: list[Sequence], device="cpu") -> tuple[Tensor, Tensor]:
     T = max(len(s.tokens) for s in sequences)
     tokens = torch.zeros(len(sequences), T, dtype=torch.long)
     is_target = torch.zeros(len(sequences), T, dtype=torch.bool)
-    for i, (ids, start, _) in enumerate(sequences):
+    for i, (ids, start, *_) in enumerate(sequences):
         tokens[i, :len(ids)] = torch.tensor(ids)
         is_target[i, start:len(ids)] = True
     return tokens.to(device), is_target.to(device)

@@ -1,13 +1,14 @@
 """Makes the tasks on a user's file: `text` and `jsonl`.
 
-`text` learns plain text, token by token. `jsonl` reads an object with "prompt" and "target" from
-each line. The last two tenths of the file are held out: one for validation, one for the test.
+`text` learns plain text, token by token. `jsonl` learns targets after prompts; rows.py reads them.
+The last two tenths of the file are held out: one for validation, one for the test.
 """
 import math
 
-from data.reading import numbered_lines, parse_json, read_text, split_file
+from data.reading import read_text, split_file
+from data.rows import read_examples
 from data.scoring import score_targets
-from data.task import Example, Scores, Sequence, Setup, TextTask, first_tokens
+from data.task import Example, Scores, Sequence, Setup, TextTask, encode_start, first_tokens
 from support.errors import UserError
 
 
@@ -40,10 +41,10 @@ def load_text(setup: Setup, data: str) -> Text:
     No token is lost, but for one case: without a bos, a last block of one token has nothing to
     predict it, and is dropped. Raises UserError if the text or max_length is too short.
     """
-    ids = setup.tokenizer.encode(read_text(data))
+    head = first_tokens(setup.tokenizer)
+    ids = encode_start(read_text(data), setup.tokenizer)[len(head):]
     if len(ids) < 20:
         raise UserError(f"{data}: {len(ids)} tokens of text are too few to train on and hold out")
-    head = first_tokens(setup.tokenizer)
     size = setup.max_length - len(head)
     if setup.max_length < 2:
         raise UserError(f"--max-length {setup.max_length}: text needs at least 2 tokens an example")
@@ -57,22 +58,15 @@ def load_text(setup: Setup, data: str) -> Text:
 
 
 def load_jsonl(setup: Setup, data: str) -> Text:
-    """Reads an example from each line; skips blank lines.
+    """Reads the examples of a file, as rows.py does.
 
-    Raises UserError, which names the line, if a line is not an example, or if there are fewer
-    than three.
+    Raises UserError if a row, which it names, is no example, or if there are fewer than three.
     """
-    examples = []
-    for number, line in numbered_lines(data):
-        row = parse_json(line, f"{data}:{number}")
-        try:
-            prompt, target = row["prompt"], row["target"]
-        except (TypeError, KeyError):
-            raise UserError(f'{data}:{number}: not a JSON object with "prompt" and "target"'
-                            ) from None
-        if not isinstance(prompt, str) or not isinstance(target, str) or not target:
-            raise UserError(f"{data}:{number}: prompt and target must be text, target not empty")
-        examples.append(Example(prompt, target, source=f"{data}:{number}"))
+    examples, notes = read_examples(data, setup.tokenizer)
     if len(examples) < 3:
         raise UserError(f"{data}: {len(examples)} examples; train, valid and test need one each")
-    return Text("jsonl", *split_file(examples), setup, {"epochs": 3, "batch_size": 16})
+    train, valid, test = split_file(examples)
+    n, held = len(train), len(test)
+    notes["held_out"] = (f"rows {n + 1} to {n + held} for validation, rows {n + held + 1} to "
+                         f"{n + 2 * held}, the last, for the test")
+    return Text("jsonl", train, valid, test, setup, {"epochs": 3, "batch_size": 16}, notes)

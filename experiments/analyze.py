@@ -2,6 +2,7 @@
 
     python -m experiments.analyze runs    # every figure that these runs allow, into runs/figures
     python -m experiments.analyze runs --figures loss,spectra --out assets
+    python -m experiments.analyze runs/facts-dual-r8-s0     # one run alone
 
 The runs are those of a sweep (ablate.py). A figure of one rank takes the rank with the most runs;
 of several such ranks the largest. A figure by step needs snapshots: give train.py or ablate.py
@@ -27,7 +28,7 @@ FIGURES = {"updates": draw_updates, "loss": draw_loss, "score": draw_score, "rat
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
-    parser.add_argument("runs", help="the folder that holds the runs' folders")
+    parser.add_argument("runs", help="the folder that holds the runs' folders, or one of these")
     parser.add_argument("--figures", help=f"comma-separated: {', '.join(FIGURES)} (all that the "
                                           "runs allow)")
     parser.add_argument("--out", type=Path, help="the folder of the figures (RUNS/figures)")

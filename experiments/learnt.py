@@ -19,6 +19,7 @@ from experiments.results import SavedRun, chosen, main_metric, read_runs
 from formats.checkpoint import load_pretrained
 from methods import METHODS, ends_in, merge
 from support.errors import UserError
+from support.files import open_regular
 from support.flags import TARGETS
 from support.parser import flag
 from support.run import fingerprint, load_adapters, snapshots, weights_dtype
@@ -159,6 +160,7 @@ def updates(run: SavedRun, paths: list[str], file: Path) -> dict[str, torch.Tens
 def tensors_in(file: Path) -> dict[str, torch.Tensor]:
     """Reads the adapters as they were saved, for figures that need no model."""
     try:
+        open_regular(file).close()
         return load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: cannot read: {error}") from None

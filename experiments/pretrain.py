@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.commonsense import read_template
 from data.mini import MATCH, splits
 from data.pretraining_text import FIRST_MIX, MIX, QUESTIONS, documents
+from data.reading import read_template
 from data.scoring import recall
 from data.task import Example, Sequence, Setup, collate, encode, target_loss
 from data.wordings import KIND
@@ -215,9 +215,9 @@ def main(argv: list[str] | None = None) -> None:
            "recipe": hashlib.sha256(repr(recipe).encode()).hexdigest()}
 
     def save(step: int) -> None:
-        with atomic_write(checkpoint) as path:
+        with atomic_write(checkpoint) as path, open(path, "wb") as file:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "step": step, "run": run}, path)
+                        "step": step, "run": run}, file)
 
     if checkpoint.exists():
         try:

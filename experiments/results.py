@@ -12,6 +12,7 @@ from types import NoneType
 from scipy.stats import t as student
 
 from support.errors import UserError
+from support.files import open_regular
 from support.run import finished, read_flags
 
 AVERAGE = "Avg."            # the column of a task of several sets that averages over them
@@ -51,7 +52,8 @@ def read_run(folder: str | Path) -> SavedRun | None:
     args = read_flags(folder)
     path = folder / "result.json"
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            result = json.load(file)
         require_types(result, before=(dict, NoneType), after=dict, valid=dict, counts=dict,
                       trainable=int, seconds=Number, peak_memory_mb=(Number, NoneType),
                       versions=dict, base=str)
@@ -60,12 +62,15 @@ def read_run(folder: str | Path) -> SavedRun | None:
             require_types(scores, **{name: Number for name in scores})
         on_validation(result, main_metric(result))
         path = folder / "log.jsonl"
-        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        with open_regular(path) as file:
+            log = [json.loads(line) for line in file]
         for line in log:
             require_types(line, step=int)
             if "valid" in line:
                 require_types(line["valid"], loss=Number)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not what a run of this version leaves: {error}") from None
     return SavedRun(folder, args, result, log)
 
@@ -82,12 +87,13 @@ def require_types(found, **kinds) -> None:
 def read_runs(folder: str | Path) -> list[SavedRun]:
     """Reads the finished runs in the folders of a folder, by name; NAME.old was set aside.
 
-    Raises UserError if there are none.
+    A run's own folder gives that run. Raises UserError if there is none.
     """
-    runs = [run for path in sorted(Path(folder).glob("*/"))
+    runs = [run for path in (Path(folder), *sorted(Path(folder).glob("*/")))
             if path.suffix != ".old" and (run := read_run(path))]
     if not runs:
-        raise UserError(f"{folder}: holds no folder of a finished run")
+        raise UserError(f"{folder}: neither the folder of a finished run, nor one that holds such "
+                        "folders")
     return runs
 
 

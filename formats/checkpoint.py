@@ -7,9 +7,12 @@
 huggingface.py knows the form of the files. First the names and shapes of all tensors are checked.
 Then each tensor is read straight into its place.
 """
+import functools
 import json
 import math
 import re
+import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,12 +21,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from formats.huggingface import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored,
-                                 few_names, is_conv1d, make_config_json, map_names, parse_config,
-                                 read_model_config)
+                                 describe_cap, few_names, is_conv1d, make_config_json, map_names,
+                                 one_or_all, parse_config, read_model_config)
+from formats.json_files import read_json
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write
+from support.files import atomic_write, open_regular
+from support.processes import is_main
 
 MAX_LENGTH = 256        # tokens of an example, unless a command says otherwise
 
@@ -34,9 +39,13 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     """Loads a folder, or a repository of the Hugging Face hub ("owner/name") -> (model, tokenizer).
 
     dtype: None keeps the checkpoint's own. The tokenizer is None if the folder has none.
+    model.config.eos lists the ends that config.json, generation_config.json and the tokenizer name.
+    A tokenizer that names none takes the first of them. So what is trained as the end is an end.
     model.also_named lists the checkpoint's names of the linear layers, which inject() knows as
-    targets beside the model's own. Raises UserError if a tensor is missing, left over or misshapen,
-    or if model.py would compute the model in another way than transformers.
+    targets beside the model's own.
+    A line on standard error says where model.py can compute a shorter text only than transformers.
+    Raises UserError if a tensor is missing, left over or misshapen, or if model.py would compute
+    the model in another way than transformers.
     """
     if dtype not in [None, *DTYPES.values()]:
         raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
@@ -44,6 +53,14 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     refuse_adapters(folder)
     config, named = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
+    if tokenizer is not None:
+        if tokenizer.eos is None:
+            tokenizer.eos = next(iter(config.eos), None)
+        elif tokenizer.eos not in config.eos and tokenizer.eos < config.vocab_size:
+            if config.eos:
+                say_once(f"{path_or_repo}: the tokenizer ends a text with {tokenizer.eos}, the "
+                         f"model's config with {one_or_all(config.eos)}: any of them ends one here")
+            config.eos.append(tokenizer.eos)
     tensors = by_full_name(folder, config)
     model = empty_model(config, folder, tensors)
     plan = match_tensors(model, tensors, folder)
@@ -63,7 +80,16 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
         del whole, part                         # unmaps the file
     names = linear_names(model)
     model.also_named = names | {"all-linear": [ours for paths in names.values() for ours in paths]}
+    if cap := describe_cap(config):
+        say_once(f"{path_or_repo}: {cap}")
     return model, tokenizer
+
+
+@functools.cache
+def say_once(line: str) -> None:
+    """Prints a line on standard error, the first time only."""
+    if is_main():
+        print(line, file=sys.stderr)
 
 
 def linear_names(model) -> dict[str, list[str]]:
@@ -115,7 +141,8 @@ def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,
 def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
     """Lists the tensors that fill the model: their names in the tables -> the tensors.
 
-    Sets config.tied to False if the head differs from the embedding.
+    The head of a tied model fills the embedding if the file has no other. Sets config.tied to False
+    if the two differ.
     """
     tensors, family = {}, FAMILIES[config.model_type]
     for tensor in all_stored(folder):
@@ -125,13 +152,13 @@ def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
             raise UserError(f"{tensor.path}: {tensor.name} is there twice")
         if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:
             tensors[full] = tensor
-    # A tied model's file may repeat the embedding as lm_head. If the two differ, the config is
-    # wrong. Then both are kept, as transformers 5 does.
+    # A tied model's file may repeat the embedding as lm_head, or hold it under that name only. If
+    # the two differ, the config is wrong. Then both are kept. transformers 5 does the same.
     embed = next(theirs for theirs, ours in family.names.items() if ours == ["embed"]) + ".weight"
-    if config.tied and "lm_head.weight" in tensors and embed in tensors:
-        config.tied = torch.equal(tensors["lm_head.weight"].read(), tensors[embed].read())
-        if config.tied:
-            del tensors["lm_head.weight"]
+    if config.tied and "lm_head.weight" in tensors:
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(head.read(), tensors.setdefault(embed, head).read()):
+            config.tied, tensors["lm_head.weight"] = False, head
     return tensors
 
 
@@ -177,6 +204,8 @@ def match_tensors(model: Transformer, tensors: dict[str, Stored],
 def save_pretrained(model: Transformer, path: str | Path) -> None:
     """Writes config.json and model.safetensors, which load_pretrained and transformers read.
 
+    If the positions were capped, config.json still says what the model's own said: its window and
+    its longer max_position_embeddings, with which transformers computes longer texts.
     Raises UserError if the model has adapters, or if config.json cannot express its Config.
     """
     config, path, state = model.config, Path(path), model.state_dict()
@@ -216,7 +245,21 @@ def texts_of(source: str | Path) -> list[Path]:
     for file in files:
         if home not in file.resolve().parents:
             raise UserError(f"{file}: a link that leads out of the folder")
+        open_regular(file).close()
     return files
+
+
+def copy_texts(files: list[Path], folder: Path, eos: list[int]) -> None:
+    """Copies the files that texts_of() lists; generation_config.json gets all of `eos`.
+
+    transformers stops at the ends in generation_config.json, or in config.json if it is not there.
+    """
+    for file in files:
+        with atomic_write(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+            if file.name == "generation_config.json":
+                raw = read_json(file) | {"eos_token_id": one_or_all(eos)}
+                temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtype):

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder. Its config.json tells the shape of the model. Its *.safetensors (or
 pytorch_model.bin) hold named tensors. checkpoint.py reads and writes whole checkpoints, peft.py
-adapters.
+adapters. rope.py reads the part of config.json on rotary positions.
     1. tables    of each family: tensor names there -> here, keys of config.json -> Config fields
     2. config    config.json <-> Config, and what model.py cannot compute
     3. files     the names, shapes and dtypes of tensors, before any tensor is read
@@ -14,9 +14,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from formats.json_files import read_json, read_json_if_there
+from formats.json_files import read_json, read_json_if_there, read_value
+from formats.rope import OLD, parse_rope
 from model import Config
 from support.errors import UserError, refuse_not_finite
+from support.files import load_pickle, open_regular
 
 # ---- 1. tables. {} is the layer's number. Each name has a .weight, and a .bias if that is used.
 
@@ -67,7 +69,9 @@ GPT2_KEYS = LLAMA_KEYS | {
     "d_ff": "n_inner", "max_positions": "n_positions", "norm_eps": "layer_norm_epsilon",
 }
 # Options that change the result -> the values with which model.py computes the same.
-APPLIED = {"hidden_act": ["silu"], "activation_function": ["gelu_new", "gelu_pytorch_tanh"],
+APPLIED = {"hidden_act": ["silu", "swish"],     # two names of one function
+           "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
+                                   "gelu_fast", "gelu_accurate"],       # five names of one
            "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
            "add_cross_attention": [False], "partial_rotary_factor": [1],
            "quantization_config": []}
@@ -149,10 +153,10 @@ def read_model_config(folder: Path) -> tuple[Config, torch.dtype | None]:
     try:
         config = parse_config(raw)
         name = raw.get("dtype") or raw.get("torch_dtype")       # the latter before transformers 5
-        if name not in [None, *DTYPES]:
-            raise UserError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+        if name not in [None, "auto", *DTYPES]:
+            raise UserError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
         path = extra                    # its eos counts: LLaMA-3 instruct ends its turns with one
-        config.eos = token_ids(generation, "eos_token_id") or config.eos
+        config.eos = list(dict.fromkeys(config.eos + token_ids(generation, "eos_token_id")))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config, DTYPES.get(name)
@@ -191,21 +195,9 @@ def parse_config(raw: dict) -> Config:
         raise UserError(f"{heads} query heads must be a multiple of {config.n_kv_heads} key/value "
                         f"heads, and head_dim {config.head_dim} even")
     if kind != "gpt2":
-        config.rope_theta, config.rope_scaling = parse_rope(raw)
-        refuse_window(raw, config)
+        config.rope_theta, config.rope_scaling = parse_rope(raw, config.head_dim)
+        cap_positions(raw, config)
     return config
-
-
-def read_value(raw: dict, key: str, kind: str):
-    """Returns raw[key]. Raises UserError if it is not of that kind: size, number or flag."""
-    value = raw.get(key)
-    right, expected = {
-        "size": (type(value) is int and 1 <= value <= 2 ** 24, "a whole number from 1 to 2^24"),
-        "number": (type(value) in (int, float) and 0 < value < 1e30, "a positive number"),
-        "flag": (type(value) is bool, "true or false")}[kind]
-    if not right:
-        raise UserError(f"{key} must be {expected}, found {value!r}")
-    return value
 
 
 def token_ids(raw: dict, key: str) -> list[int]:
@@ -220,57 +212,63 @@ def token_ids(raw: dict, key: str) -> list[int]:
     return [v for v in values if v >= 0]
 
 
-def parse_rope(raw: dict) -> tuple[float, dict | None]:
-    """Reads the rotary positions -> theta, and LLaMA-3.1's scaling or None.
+def one_or_all(ids: list[int]) -> int | list[int] | None:
+    """Returns what config.json holds for these token ids: one, a list of them, or null."""
+    return ids[0] if len(ids) == 1 else ids or None
 
-    Before transformers 5 rope_theta stood beside rope_scaling: null, or a dict with "rope_type"
-    (in older files "type"). Since then a dict rope_parameters holds rope_theta too.
-    Raises UserError if the positions are scaled in another way.
+
+def cap_positions(raw: dict, config: Config) -> None:
+    """Caps max_positions at the length beyond which model.py would compute something else.
+
+    model.py lets a token attend to all before it. A sliding window of W shows a token itself and
+    W - 1 before it. So both are the same up to W tokens. LongRoPE is the same up to the length of
+    the pretraining. config.beyond keeps what config.json says, for save_pretrained.
+    Raises UserError if the window is absurd, or layers attend in a third way.
     """
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"rope_scaling must be null or an object, found {rope!r}")
-    kinds = {"factor": "number", "low_freq_factor": "number", "high_freq_factor": "number",
-             "original_max_position_embeddings": "size"}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    known = {*kinds, "rope_theta", "rope_type", "type"}
-    if rope.get("partial_rotary_factor") == 1:          # all of each head is rotated, as here
-        known.add("partial_rotary_factor")
-    odd = set(rope) - known
-    if kind not in ("default", "llama3") or odd:
-        raise UserError(f"rope of type {kind!r}{' with ' * bool(odd)}{few_names(odd)} is not "
-                        f"supported, only default and llama3")
-    rope = {"rope_theta": raw.get("rope_theta", 10000.0)} | rope
-    theta = read_value(rope, "rope_theta", "number")
-    if kind == "default":
-        return float(theta), None
-    rope = {"original_max_position_embeddings": raw["max_position_embeddings"]} | rope
-    scaling = {key: read_value(rope, key, kind) for key, kind in kinds.items()}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise UserError("low_freq_factor must be below high_freq_factor")
-    return float(theta), scaling
+    ends = [config.max_positions]
+    if config.model_type != "llama":
+        raw = {"sliding_window": 4096} | raw
+        ends += [raw["sliding_window"]] * slides(raw, config)
+    if config.rope_scaling and config.rope_scaling["rope_type"] == "longrope":
+        ends.append(config.rope_scaling[OLD])
+    if min(ends) < config.max_positions:
+        config.max_positions = min(ends)
+        config.beyond = {key: raw[key] for key in (
+            "max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
+            "layer_types") if key in raw}
 
 
-def refuse_window(raw: dict, config: Config) -> None:
-    """Raises UserError if a text may be longer than the model's sliding window.
+def slides(raw: dict, config: Config) -> bool:
+    """Tells whether any layer attends through a window. Raises as cap_positions() does."""
+    if config.model_type == "mistral":
+        found = raw["sliding_window"] is not None
+    elif raw.get("layer_types") is not None:    # since transformers 5: a word for each layer
+        layers, words = raw["layer_types"], ("full_attention", "sliding_attention")
+        if (not isinstance(layers, list) or len(layers) != config.n_layers
+                or any(layer not in words for layer in layers)):
+            raise UserError(f"layer_types must be {config.n_layers} times one of "
+                            f"{', '.join(words)}, found {repr(layers)[:200]}")
+        found = "sliding_attention" in layers
+    else:                                       # the layers slide from max_window_layers on
+        full = raw.get("max_window_layers", 28)
+        found = (raw.get("use_sliding_window") not in (None, False)
+                 and raw["sliding_window"] is not None
+                 and not (type(full) is int and full >= config.n_layers))
+    if found:
+        read_value(raw, "sliding_window", "size")
+    return found
 
-    model.py lets a token attend to all before it. Up to the window's length this is the same.
-    """
-    if config.model_type == "llama":
-        return
-    if config.model_type != "mistral":          # Qwen's layers slide from max_window_layers on
-        full, layers = raw.get("max_window_layers", 28), raw.get("layer_types")
-        slides = raw.get("use_sliding_window") not in (None, False)
-        slides = slides and not (type(full) is int and full >= config.n_layers)
-        if layers is not None:                  # since transformers 5: a word for each layer
-            slides = layers != ["full_attention"] * config.n_layers
-        if not slides:
-            return
-    raw = {"sliding_window": 4096} | raw
-    if raw["sliding_window"] is not None and (
-            read_value(raw, "sliding_window", "size") < config.max_positions):
-        raise UserError(f"a sliding_window of {raw['sliding_window']} is not supported; lower "
-                        f"max_position_embeddings to it, to use the model up to that length")
+
+def describe_cap(config: Config) -> str | None:
+    """Says where positions end before the model would change; None if they do not."""
+    kind = (config.rope_scaling or {}).get("rope_type")
+    if not config.beyond and kind != "dynamic":
+        return None
+    window = config.beyond.get("sliding_window") == config.max_positions
+    allowed = config.beyond.get("max_position_embeddings")
+    return (f"positions capped at {config.max_positions}, where "
+            f"{'a sliding window' if window else f'rope of type {kind}'} sets in"
+            + f" (config.json allows {allowed})" * bool(config.beyond))
 
 
 def make_config_json(config: Config, dtype: torch.dtype) -> dict:
@@ -279,14 +277,15 @@ def make_config_json(config: Config, dtype: torch.dtype) -> dict:
     raw = {"architectures": [family.architecture], "model_type": config.model_type,
            "torch_dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": config.tied,
            "bos_token_id": config.bos, "pad_token_id": config.pad,
-           "eos_token_id": config.eos[0] if len(config.eos) == 1 else config.eos or None}
+           "eos_token_id": one_or_all(config.eos)}
     raw |= {key: getattr(config, name) for name, key in family.keys.items()
             if key not in family.fixed}
     if config.is_gpt2:
         return raw | {"activation_function": "gelu_new"}
-    scaling = config.rope_scaling and {"rope_type": "llama3", **config.rope_scaling}
-    raw |= {"hidden_act": "silu", "rope_theta": config.rope_theta, "rope_scaling": scaling}
-    return raw | ({"sliding_window": None} if config.model_type == "mistral" else {})
+    raw |= {"hidden_act": "silu", "rope_theta": config.rope_theta,
+            "rope_scaling": config.rope_scaling}
+    raw |= {"sliding_window": None} if config.model_type == "mistral" else {}
+    return raw | config.beyond
 
 
 # ---- 3. files
@@ -315,18 +314,14 @@ class Stored:
         if self.kept is not None:
             return self.kept
         if self.path.suffix != ".safetensors":
-            return load_bin(self.path)[self.name]
+            return load_pickle(self.path, map_location="cpu", mmap=True)[self.name]
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(self.name)
 
 
-def load_bin(path: Path, mmap: bool = True) -> dict[str, Tensor]:
-    """Reads a pickled checkpoint, weights_only because a pickle can run any code."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-
-
 def stored_in(path: Path) -> list[Stored]:
     """Lists the tensors of a file without reading them. Raises UserError if it is broken."""
+    open_regular(path).close()
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -334,11 +329,11 @@ def stored_in(path: Path) -> list[Stored]:
                 return [Stored(path, name, tuple(v.get_shape()), SAFE_DTYPES.get(v.get_dtype()))
                         for name, v in views]
         try:
-            tensors, mapped = load_bin(path), True
+            tensors, mapped = load_pickle(path, map_location="cpu", mmap=True), True
         except RuntimeError as error:           # the format before torch 1.6
             if "mmap can only be used" not in str(error):
                 raise
-            tensors, mapped = load_bin(path, mmap=False), False
+            tensors, mapped = load_pickle(path, map_location="cpu"), False
         return [Stored(path, str(name), tuple(t.shape),
                        t.dtype if t.layout is torch.strided and not t.is_meta else None,
                        kept=None if mapped else t) for name, t in tensors.items()]

@@ -4,14 +4,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support.errors import UserError
+from support.files import open_regular
 
 
 def read_bytes(path: Path) -> bytes:
     """Reads a file whole. Raises UserError if it cannot be read or is empty."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    with open_regular(path) as file:
+        data = file.read()
     if not data.strip():
         raise UserError(f"{path}: the file is empty")
     return data
@@ -47,3 +46,17 @@ def expected_layout(path: Path):
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         message = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{path}: unexpected layout: {message}") from error
+
+
+def read_value(raw: dict, key: str, kind: str):
+    """Returns raw[key]. Raises UserError if it is not of that kind: size, number, scale or flag."""
+    value = raw.get(key)
+    right, expected = {
+        "size": (type(value) is int and 1 <= value <= 2 ** 24, "a whole number from 1 to 2^24"),
+        "number": (type(value) in (int, float) and 0 < value < 1e30, "a positive number"),
+        "scale": (type(value) in (int, float) and 1e-3 <= value <= 1e12,
+                  "a number from 0.001 to 10^12"),
+        "flag": (type(value) is bool, "true or false")}[kind]
+    if not right:
+        raise UserError(f"{key} must be {expected}, found {repr(value)[:200]}")
+    return value

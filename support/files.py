@@ -1,10 +1,13 @@
-"""Writes files whole or not at all."""
+"""Opens files that have an end, writes files whole or not at all, and reads pickles as data."""
 import argparse
 import os
+import pickle
+import re
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import BinaryIO, Iterator
 
+import torch
 from safetensors import SafetensorError
 
 from support.errors import UserError
@@ -22,13 +25,33 @@ def new_file(name: str) -> Path:
     return path
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Opens a file to read its bytes.
+
+    Raises UserError if it cannot be read, or is a pipe or a device, which may have no end.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UserError(f"{path}: not a regular file")
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
+    except ValueError:                          # a name out of a file, with a byte 0 in it
+        raise UserError(f"{str(path)!r}: not the name of a file") from None
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns a failure to write inside the block into a UserError that names the path."""
+    """Turns a failure to write inside the block into a UserError that names the path.
+
+    torch.save raises a RuntimeError that does not tell why. Given an open file, and not its path,
+    it raises that in the wake of the OSError that tells.
+    """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:       # torch.save's is a RuntimeError
-        reason = getattr(error, "strerror", None) or str(error)[:200]
+    except (OSError, RuntimeError, SafetensorError) as error:
+        told = error if isinstance(error, OSError) else error.__context__
+        reason = getattr(told, "strerror", None) or str(error)[:200]
         raise UserError(f"{path}: cannot write: {reason}") from error
 
 
@@ -54,3 +77,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def load_pickle(path: str | Path, **options):
+    """Reads what torch.save wrote, tensors and plain values only: a pickle can run any code.
+
+    options: of torch.load. Raises ValueError if it would run code, or is broken as a pickle.
+    """
+    try:
+        return torch.load(path, weights_only=True, **options)
+    except pickle.UnpicklingError as error:     # torch's own message tells how to run the code
+        name = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
+        raise ValueError(f"it holds more than tensors, and would run code: {name[1]}" if name else
+                         "its pickle is broken") from None

@@ -35,10 +35,13 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}"
           + (f"; about {args.max_eval} of each split are scored" if args.max_eval else ""))
-    if any(counts["cut"].values()):
-        print(f"{counts['cut']['train']} train and {counts['cut']['held out']} other examples lose "
-              f"the start of their prompt to --max-length {args.max_length}")
-    for name in ("trained_on", "missing"):
+    for what, happens in (("cut", f"lose the start of their prompt to --max-length "
+                                  f"{args.max_length}"),
+                          ("apart", "have a target that the tokenizer would join to the prompt's "
+                                    "end; it stands apart")):
+        if any(numbers := counts.get(what, {}).values()):
+            print("{} train and {} other examples".format(*numbers), happens)
+    for name in ("trained_on", "missing", "held_out", "chat"):
         if name in task.notes:
             print(f"{name}: {task.notes[name]}")
     large = not ships(args.model) and args.lr == METHODS[args.method].large_lr

@@ -29,7 +29,7 @@ import torch
 from data import OPTIONS
 from methods import METHODS, load, save, state
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write, writing
+from support.files import atomic_write, load_pickle, open_regular, writing
 from support.parser import flag
 from support.processes import gathered, is_main, process_number
 
@@ -109,9 +109,9 @@ class Run:
         """Writes checkpoint.pt: what training changes, and every process's random state."""
         states = gathered(rng_states(model))
         if is_main():
-            with atomic_write(self.folder / CHECKPOINT) as path:
+            with atomic_write(self.folder / CHECKPOINT) as path, open(path, "wb") as file:
                 torch.save({"step": step, "model": state(model), "rng": states,
-                            "optimizer": optimizer.state_dict(), "run": self.identity()}, path)
+                            "optimizer": optimizer.state_dict(), "run": self.identity()}, file)
 
     def snapshot(self, model, step: int) -> None:
         if is_main():
@@ -119,7 +119,8 @@ class Run:
 
     def identity(self) -> str:
         """Returns the sha256 of config.json, by which a checkpoint knows its run."""
-        return hashlib.sha256((self.folder / "config.json").read_bytes()).hexdigest()
+        with open_regular(self.folder / "config.json") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     def restore(self, model, optimizer) -> int:
         """Loads the checkpoint; returns the step to go on from, 0 if there is no checkpoint.
@@ -141,7 +142,10 @@ class Run:
     def cut_log(self, step: int) -> None:
         """Cuts log.jsonl to the first `step` steps."""
         log = self.folder / "log.jsonl"
-        lines = log.read_bytes().splitlines(True)[:step] if log.exists() else []
+        lines = []
+        if log.exists():
+            with open_regular(log) as file:
+                lines = list(itertools.islice(file, step))
         with atomic_write(log) as temporary:
             temporary.write_bytes(b"".join(lines))
 
@@ -219,10 +223,10 @@ def visible(folder: str | Path) -> list[Path]:
 
 def read_checkpoint(path: Path, model, optimizer, identity: str) -> int:
     """Loads model, optimizer and random state; returns the number of steps done."""
-    with zipfile.ZipFile(path) as file:     # torch writes checksums, but does not read them
-        if file.testzip() is not None:
+    with open_regular(path) as whole, zipfile.ZipFile(whole) as file:
+        if file.testzip() is not None:      # torch writes checksums, but does not read them
             raise ValueError(f"{file.testzip()} in it is damaged")
-    saved = torch.load(path, weights_only=True)
+    saved = load_pickle(path)
     of_optimizer = saved["optimizer"]["state"].values()
     for name, tensor in [*saved["model"].items(), *(item for of_parameter in of_optimizer
                                                      for item in of_parameter.items())]:
@@ -262,8 +266,12 @@ def read_config(folder: str | Path) -> dict:
                  max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
                  batch_size=int, targets=(str, NoneType), from_peft=(str, NoneType))
     kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
+    if not path.exists():
+        raise UserError(f"{folder}: not a run folder, it has no config.json")
+    with open_regular(path) as file:
+        content = file.read()
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(content)
         for name, kind in kinds.items():
             if not isinstance(config["args"][name], kind):
                 raise ValueError(f"{name} is {config['args'][name]!r}")
@@ -273,12 +281,10 @@ def read_config(folder: str | Path) -> dict:
         if not isinstance(before, dict) or not all(
                 isinstance(value, Number) and math.isfinite(value) for value in before.values()):
             raise ValueError(f"before is {before!r}")
-    except FileNotFoundError:
-        raise UserError(f"{folder}: not a run folder, it has no config.json") from None
     except KeyError as error:
         raise UserError(f"{path}: not the config.json of a run of this version: has no "
                         f"{error.args[0]}") from None
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not the config.json of a run: {error!r}") from None
     if config["args"]["method"] not in METHODS:
         raise UserError(f"{path}: method {config['args']['method']}: not in methods.METHODS")

@@ -22,6 +22,9 @@ GPT2_SMALL = dict(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+LONGROPE = {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 64,
+            "short_factor": [1.0, 1.5, 2.0, 3.0], "long_factor": [2.0, 3.0, 4.0, 9.0]}
 
 CONFIGS = {
     "gpt2": lambda: GPT2Config(**GPT2_SMALL),
@@ -33,9 +36,18 @@ CONFIGS = {
     "llama with biases": lambda: LlamaConfig(
         **SMALL, attention_bias=True, mlp_bias=True, head_dim=16),
     "llama 3.1": lambda: LlamaConfig(**SMALL, rope_parameters=dict(LLAMA3_ROPE)),
+    "llama with linear rope": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "factor": 4.0}),
+    "llama with dynamic rope": lambda: LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    "llama with longrope": lambda: LlamaConfig(**SMALL, rope_parameters=dict(LONGROPE)),
     "mistral": lambda: MistralConfig(**SMALL, head_dim=16, sliding_window=None),
+    "mistral with a window": lambda: MistralConfig(**SMALL, sliding_window=64),
     "qwen2": lambda: Qwen2Config(**SMALL, tie_word_embeddings=True),
+    "qwen2 with yarn": lambda: Qwen2Config(**SMALL, rope_parameters=dict(YARN)),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=16, attention_bias=True),
+    "qwen3 with a window": lambda: Qwen3Config(
+        **SMALL, head_dim=16, use_sliding_window=True, sliding_window=48, max_window_layers=1),
 }
 
 

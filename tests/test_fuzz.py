@@ -20,7 +20,8 @@ from runs import setup_of
 from safetensors.torch import load_file, save_file
 
 from data import load_task
-from data.commonsense import read_template
+from data.reading import read_template
+from data.rows import read_examples
 from formats.checkpoint import load_pretrained, save_pretrained
 from formats.peft import export_peft, import_peft
 from formats.tokenizer import load_tokenizer
@@ -339,8 +340,11 @@ def sentencepiece_model(tmp_path_factory):
 # ---- data
 ROW = {"instruction": "Is it so?\n\nAnswer1: a Answer2: b\n\nAnswer format: answer1/answer2",
        "input": "", "output": "the correct answer is answer1", "answer": "answer1"}
+CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 TASKS = {       # task -> the folder's files, or a file of its own; {} is the damaged one
     "jsonl": {"data.jsonl": b'{"prompt": "a", "target": "b"}\n' * 6},
+    "jsonl array": {"data.json": json.dumps([{"instruction": "a", "input": "b", "output": "c"},
+                                             CHAT] * 3).encode()},
     "text": {"data.txt": b"some words to learn from, and more of them. " * 20},
     "commonsense": {"boolq/test.json": json.dumps([ROW] * 2).encode(),
                     "boolq/train.json": json.dumps([ROW] * 4).encode()},
@@ -372,8 +376,20 @@ def test_any_data(base, task, data):
                     kinds |= altered(json.loads(content)).map(lambda v: json.dumps(v).encode())
                 content = data.draw(kinds)
             path.write_bytes(content)
-        where = ({"data": str(path)} if task in ("jsonl", "text") else {"data_dir": place})
+        where = ({"data": str(path)} if task.split()[0] in ("jsonl", "text") else {"data_dir": place})
         tried(lambda: load_task(task.split()[0], setup_of(*base, 64), **where))
+
+
+@fuzzed
+@given(content=damaged(b"{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m['content'] | trim "
+                       b"}}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"))
+def test_any_chat_template(base, content):
+    with tempfile.TemporaryDirectory() as place:
+        shutil.copytree(BASE, place, dirs_exist_ok=True)
+        Path(place, "chat_template.jinja").write_bytes(content)
+        Path(place, "rows.jsonl").write_text(json.dumps(CHAT))
+        tokenizer = load_tokenizer(place)
+        tried(lambda: read_examples(str(Path(place, "rows.jsonl")), tokenizer))
 
 
 @fuzzed

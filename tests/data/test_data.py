@@ -10,8 +10,8 @@ from runs import setup_of
 from data import load_task
 from data.reading import hold_out, split_file
 from data.scoring import choice_losses, recall, score_targets
-from data.task import (Example, Sequence, TextTask, collate, encode, encode_targets, sample,
-                       target_loss)
+from data.task import (Example, Sequence, TextTask, collate, encode, encode_prompt, encode_start,
+                       encode_targets, sample, target_loss)
 from data.world import World, cloze
 from formats.checkpoint import load_pretrained
 from generate import generate
@@ -21,9 +21,9 @@ from support.errors import UserError
 
 def test_an_example_is_bos_prompt_target_eos_and_the_loss_counts_the_answer(base):
     _, tokenizer = base
-    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), tokenizer, 99)
+    tokens, start, cut, apart = encode(Example("Ada lives in", " Dunham."), tokenizer, 99)
     assert tokens == [tokenizer.bos, *tokenizer.encode("Ada lives in Dunham."), tokenizer.eos]
-    assert tokenizer.decode(tokens[start:-1]) == " Dunham." and not cut
+    assert tokenizer.decode(tokens[start:-1]) == " Dunham." and not cut and not apart
     assert encode(Example("Ada lives in", " Dunham."), tokenizer, 99, loss_on="all").start == 1
     assert encode(Example("a", " b"), tokenizer, 99, eos=False).tokens[-1] != tokenizer.eos
 
@@ -49,7 +49,7 @@ def test_all_choices_are_read_after_the_same_prompt(base):
                for choice in example.choices)
     sequences = encode_targets(example, example.choices, tokenizer, size - 3)
     assert [len(s.tokens) == size - 3 for s in sequences] == [False, True, False]
-    for choice, (tokens, start, cut) in zip(example.choices, sequences):
+    for choice, (tokens, start, cut, _) in zip(example.choices, sequences):
         assert cut and tokens[:start] == [tokenizer.bos, *whole.tokens[4:whole.start]]
         assert tokenizer.decode(tokens[start:-1]) == choice
     alone = encode(example, tokenizer, size - 3)                        # which need not be cut
@@ -88,21 +88,64 @@ def test_a_prompt_read_once_gives_each_choice_the_loss_that_it_has_alone(base, f
     assert sum(together, []) == pytest.approx(sum(alone, []), rel=1e-5)
 
 
-def test_the_target_starts_after_the_tokens_that_the_prompt_shares_with_the_whole(base):
+@pytest.mark.parametrize("prompt, target, apart", [
+    ("Question", ": Who", False), ("Colour c:", " blue", False),
+    ("Colour c: ", "blue", True), ("The Ans", "wer", True)])
+def test_a_prompt_has_the_tokens_that_it_has_alone(base, prompt, target, apart):
     _, tokenizer = base
-    tokens, start, _ = encode(Example("Question", ": Who"), tokenizer, 99)
-    joint = tokenizer.encode("Question: Who")
-    assert tokens[1:-1] == joint
-    # no space at the border: the target's first token may begin inside the prompt's last word
-    tokens, start, _ = encode(Example("The Ans", "wer"), tokenizer, 99)
-    assert tokenizer.decode(tokens[1:-1]) == "The Answer" and tokens[1:start] == tokens[1:2]
+    alone, joint = tokenizer.encode(prompt), tokenizer.encode(prompt + target)
+    assert (joint[:len(alone)] != alone) == apart           # the tokenizer joins over the border
+    found = encode(Example(prompt, target), tokenizer, 99)
+    assert found.apart == apart and found.start == 1 + len(alone)
+    assert found.tokens == [tokenizer.bos, *(alone + tokenizer.encode(target) if apart else joint),
+                            tokenizer.eos]
+    assert found.tokens[:found.start] == encode_prompt(Example(prompt, target),
+                                                       setup_of(*base), 1).tokens
+
+
+def test_bos_and_eos_that_stand_in_the_text_are_not_doubled(base):
+    _, tokenizer = base
+    bos, eos = tokenizer.decode([tokenizer.bos]), tokenizer.decode([tokenizer.eos])
+    plain = encode(Example("Ada lives in", " Dunham."), tokenizer, 99)
+    assert encode(Example(f"{bos}Ada lives in", f" Dunham.{eos}"), tokenizer, 99) == plain
+    setup = setup_of(*base)
+    assert encode_prompt(Example(f"{bos}Ada", ""), setup, 1) == encode_prompt(Example("Ada", ""),
+                                                                              setup, 1)
+    with pytest.raises(UserError, match="no tokens"):
+        encode(Example("Ada", ""), tokenizer, 99, eos=False)
+
+
+def test_exact_is_what_greedy_decoding_writes_after_the_prompt(base):
+    model, tokenizer = base
+    task = load_task("facts", setup_of(*base))
+    old = [e for e in task.test if e.group == "kept"][:20]
+    rows = [*old, *(replace(e, prompt=f"{e.prompt} ", target=e.target.strip()) for e in old[:5])]
+    right = [row["right"] for row in task.score(model, rows).predictions]
+    for e, said in zip(rows, right):
+        prompt = encode_prompt(e, task.setup, 20).tokens
+        target = encode(e, tokenizer, 99, eos=False).tokens[len(prompt):]
+        assert said == (generate(model, [prompt], len(target), eos=[])[0] == target)
+    assert 0 < sum(right) < len(rows)
+
+
+def test_any_eos_of_the_model_is_right_in_the_place_of_another(base):
+    """The model's second eos is what it writes after a text; the tokenizer's is the first."""
+    model, tokenizer = base
+    prompt = encode_start("Question: Where does", tokenizer)
+    *text, end = generate(model, [prompt], 5, eos=[])[0]
+    asked = Sequence([*prompt, *text, tokenizer.eos], len(prompt))
+    assert tokenizer.eos != end and not score_targets(model, [asked], 1)[0].right
+    other = load_pretrained(BASE)[0]
+    other.config.eos = [tokenizer.eos, end]
+    assert score_targets(other, [asked], 1)[0].right
+    assert generate(other, [prompt], 5)[0] == text
 
 
 def test_the_loss_is_the_sum_over_target_tokens_whatever_the_padding(base):
     model, _ = base
     sequences = [Sequence([5, 6, 7, 8, 9], 3), Sequence([5, 9], 1), Sequence([1, 2, 3], 2)]
     by_hand = 0.0
-    for tokens, start, _ in sequences:
+    for tokens, start, *_ in sequences:
         logp = F.log_softmax(model(torch.tensor([tokens]))[0], -1)
         by_hand -= sum(logp[i - 1, tokens[i]] for i in range(start, len(tokens)))
     assert target_loss(model, *collate(sequences)).item() == pytest.approx(by_hand.item(), 1e-5)
@@ -164,11 +207,11 @@ def test_large_batches_are_scored_in_parts_with_the_same_result(base):
 def test_without_bos_the_first_token_is_read_and_the_target_stays_whole(base):
     class NoBos:
         bos, eos, encode = None, 1535, base[1].encode
-    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), NoBos, 99)
+    tokens, start, cut, _ = encode(Example("Ada lives in", " Dunham."), NoBos, 99)
     assert tokens == [*NoBos.encode("Ada lives in Dunham."), 1535] and not cut
     assert base[1].decode(tokens[start:-1]) == " Dunham."
     target = len(tokens) - start
-    tokens, start, cut = encode(Example("Ada lives in", " Dunham."), NoBos, target + 1)
+    tokens, start, cut, _ = encode(Example("Ada lives in", " Dunham."), NoBos, target + 1)
     assert (len(tokens), start, cut) == (target + 1, 1, True)
     with pytest.raises(UserError, match="bos"):
         encode(Example("", "Dunham."), NoBos, 99)

@@ -221,11 +221,11 @@ def test_wrong_lines_are_named(tmp_path, name, content, message):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(UserError, match="neither train.txt nor trainset.csv"):
+    with pytest.raises(UserError, match="holds none of train.txt, trainset.csv"):
         load(str(tmp_path))
     folder = folder_of(tmp_path, csv={})
     (tmp_path / "devset.csv").unlink()
-    with pytest.raises(UserError, match=r"devset\.csv: No such file"):
+    with pytest.raises(UserError, match=r"devset\.csv: cannot read: No such file"):
         load(folder)
     (tmp_path / "trainset.csv").unlink()
     with pytest.raises(UserError, match=r"trainset\.csv"):

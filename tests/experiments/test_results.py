@@ -3,7 +3,9 @@ import math
 
 import pytest
 
-from experiments.results import difference, mean_and_interval, on_validation, within_noise
+from experiments.results import (difference, mean_and_interval, on_validation, read_runs,
+                                 within_noise)
+from support.errors import UserError
 
 
 def test_a_validation_score_stands_for_the_test_s_by_name_average_or_without_its_group():
@@ -30,3 +32,11 @@ def test_a_difference_is_welch_s():
     assert not within_noise([1.0, 1.1, 0.9], [2.0, 2.1, 1.9])
     assert within_noise([1.0, 1.0], [1.0, 1.0]) and not within_noise([1.0, 1.0], [0.9, 0.9])
     assert within_noise([1.0], [0.0, 0.1])                      # one seed tells nothing
+
+
+def test_a_run_s_own_folder_is_read_like_the_folder_above_it(plain, tmp_path):
+    run = plain("lora")
+    assert [found.folder for found in read_runs(run)] == [run]
+    assert [found.result for found in read_runs(run.parent)] == [read_runs(run)[0].result]
+    with pytest.raises(UserError, match="neither the folder of a finished run"):
+        read_runs(tmp_path)

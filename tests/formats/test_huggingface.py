@@ -6,11 +6,13 @@ import torch
 from checkpoints import edit, families, refusal, same_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import LLAMA3_ROPE, checkpoint, some_tokens
+from reference import LLAMA3_ROPE, LONGROPE, checkpoint, some_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
-from formats.checkpoint import load_pretrained
-from formats.huggingface import FAMILIES, parse_config
+from formats.checkpoint import load_pretrained, save_pretrained
+from formats.huggingface import APPLIED, FAMILIES, parse_config
+from formats.rope import OLD
 from model import Transformer
 from support.errors import UserError
 
@@ -78,9 +80,9 @@ def test_rotating_all_of_a_head_may_be_spelt_out_and_rotating_a_part_is_refused(
 @pytest.mark.parametrize("config, generation, expected", [
     (7, ..., [7]), ([7, 8], ..., [7, 8]), (None, ..., []), (-1, ..., []),
     (7, [7, 9], [7, 9]),                                    # LLaMA-3 instruct
-    (7, None, [7]), (None, 9, [9]),
+    (7, None, [7]), (None, 9, [9]), ([7, 8], [9, 8], [7, 8, 9]),
 ])
-def test_generation_stops_where_transformers_stops(config, generation, expected, folder):
+def test_generation_stops_at_the_ends_of_both_files(config, generation, expected, folder):
     place = folder("llama", eos_token_id=config)
     edit(place / "generation_config.json", eos_token_id=generation)
     assert load_pretrained(place)[0].config.eos == expected
@@ -97,19 +99,87 @@ def test_generation_config_may_be_absent(folder):
     ("mistral", dict(sliding_window=None)),
     ("mistral", dict(sliding_window=128)),
     ("mistral", dict(sliding_window=4096)),
+    ("mistral", dict(hidden_act="swish")),
     ("qwen2", dict(use_sliding_window=False, sliding_window=64)),
     ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=2,
                    layer_types=...)),
     ("qwen2", dict(use_sliding_window=True, sliding_window=128, max_window_layers=0,
                    layer_types=...)),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=None, max_window_layers=0,
+                   layer_types=...)),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=0)),
     ("llama", dict(sliding_window=64)),                     # LLaMA has no such option
     ("llama", dict(pretraining_tp=2)),                      # the same sum in two parts
     ("llama", dict(rope_scaling=None)),
     ("gpt2", dict(reorder_and_upcast_attn=True)),
     ("gpt2", dict(attn_pdrop=0.5, summary_type="mean")),
+    *(("gpt2", dict(activation_function=name)) for name in APPLIED["activation_function"]),
 ])
-def test_an_option_that_changes_nothing_is_accepted(family, change, folder):
-    same_logits(load_pretrained(folder(family, **change))[0], family)
+def test_an_option_that_changes_nothing_is_accepted(family, change, folder, capsys):
+    ours, _ = load_pretrained(folder(family, **change))
+    same_logits(ours, family, atol=1e-5)
+    assert ours.config.max_positions == 128 and not ours.config.beyond
+    assert capsys.readouterr().err == ""
+
+
+def test_the_names_of_an_activation_are_transformers_own():
+    x = torch.linspace(-9, 9, 999)
+    for name in APPLIED["hidden_act"]:
+        torch.testing.assert_close(ACT2FN[name](x), torch.nn.functional.silu(x))
+    for name in APPLIED["activation_function"]:
+        torch.testing.assert_close(ACT2FN[name](x),
+                                   torch.nn.functional.gelu(x, approximate="tanh"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, change, end", [
+    ("mistral", dict(sliding_window=64), 64),
+    ("mistral", dict(sliding_window=127), 127),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=1,
+                   layer_types=...), 64),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=64,
+                   layer_types=["full_attention", "sliding_attention"]), 64),
+    ("qwen3", dict(use_sliding_window=True, sliding_window=4,
+                   layer_types=["sliding_attention", "full_attention"]), 4),
+    ("llama", dict(rope_parameters=..., rope_scaling=LONGROPE | {OLD: 100}), 100),
+    ("mistral", dict(sliding_window=80, rope_parameters=LONGROPE | {
+        "short_factor": 8 * [1.5], "long_factor": 8 * [4.0], "attention_factor": 1.2}), 64),
+])
+def test_positions_end_where_the_model_would_change(family, change, end, folder, capsys):
+    place = folder(family, **change)
+    ours, _ = load_pretrained(place)
+    load_pretrained(place)
+    said, = capsys.readouterr().err.splitlines()                # once
+    assert str(place) in said and f"capped at {end}" in said and "allows 128" in said
+    assert ours.config.max_positions == end
+    theirs, tokens = AutoModelForCausalLM.from_pretrained(place).eval(), some_tokens(2, end)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    save_pretrained(ours, place / "again")
+    assert load_pretrained(place / "again")[0].config == ours.config
+
+
+def test_mistral_7b_as_published_is_capped_at_its_window(folder, monkeypatch, capsys):
+    published = dict(
+        architectures=["MistralForCausalLM"], bos_token_id=1, eos_token_id=2, hidden_act="silu",
+        hidden_size=4096, initializer_range=0.02, intermediate_size=14336,
+        max_position_embeddings=32768, model_type="mistral", num_attention_heads=32,
+        num_hidden_layers=32, num_key_value_heads=8, rms_norm_eps=1e-05, rope_theta=10000.0,
+        sliding_window=4096, tie_word_embeddings=False, torch_dtype="bfloat16", use_cache=True,
+        vocab_size=32000)
+    config = parse_config(published)
+    assert config.max_positions == 4096
+    assert config.beyond == {"max_position_embeddings": 32768, "sliding_window": 4096}
+    place = folder("mistral", max_position_embeddings=32768, sliding_window=4096)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(place))
+    for _ in range(2):
+        same_logits(load_pretrained("mistralai/Mistral-7B-v0.1")[0], "mistral")
+    assert capsys.readouterr().err == ("mistralai/Mistral-7B-v0.1: positions capped at 4096, where "
+                                       "a sliding window sets in (config.json allows 32768)\n")
+
+
+def test_a_window_that_is_left_out_is_that_of_transformers(folder):
+    place = folder("mistral", sliding_window=..., max_position_embeddings=32768)
+    assert load_pretrained(place)[0].config.max_positions == 4096
 
 
 # ---- refused
@@ -144,8 +214,7 @@ def test_an_option_that_changes_nothing_is_accepted(family, change, folder):
     ("llama", dict(dtype=["float32"]), "dtype"),
     ("llama", dict(hidden_act="gelu"), "hidden_act"),
     ("llama", dict(quantization_config={"quant_method": "gptq"}), "gptq"),
-    ("llama", dict(rope_scaling={"type": "linear", "factor": 2.0}), "linear"),
-    ("llama", dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "yarn"),
+    ("llama", dict(rope_scaling={"type": "mrope", "mrope_section": [1, 2, 1]}), "mrope"),
     ("llama", dict(rope_scaling="linear"), "rope_scaling"),
     ("llama", dict(rope_scaling=["linear"]), "rope_scaling"),
     ("llama", dict(rope_scaling={"rope_type": ["llama3"]}), "rope"),
@@ -154,15 +223,14 @@ def test_an_option_that_changes_nothing_is_accepted(family, change, folder):
     ("llama", dict(rope_parameters=LLAMA3_ROPE | {"factor": None}), "factor"),
     ("llama", dict(rope_parameters=LLAMA3_ROPE | {"low_freq_factor": 4.0}), "low_freq_factor"),
     ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
-    ("mistral", dict(sliding_window=64), "sliding_window of 64"),
-    ("mistral", dict(sliding_window=..., max_position_embeddings=32768), "sliding_window of 4096"),
     ("mistral", dict(sliding_window="wide"), "sliding_window"),
-    ("qwen2", dict(use_sliding_window=True, sliding_window=64, max_window_layers=0,
-                   layer_types=...), "sliding_window of 64"),
-    ("qwen2", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=64),
-     "sliding_window of 64"),
+    ("mistral", dict(sliding_window=0), "sliding_window"),
+    ("qwen2", dict(layer_types=["full_attention", "sliding_attention"], sliding_window=None),
+     "sliding_window"),
+    ("qwen2", dict(layer_types=["full_attention"]), "layer_types"),
+    ("qwen2", dict(layer_types="full_attention"), "layer_types"),
     ("qwen3", dict(layer_types=["full_attention", "chunked_attention"], sliding_window=64),
-     "sliding_window of 64"),
+     "chunked_attention"),
     ("gpt2", dict(n_embd=...), "n_embd"),
     ("gpt2", dict(n_head=5), "5 heads"),
     ("gpt2", dict(n_inner=-1), "n_inner"),
@@ -202,9 +270,12 @@ OTHERS = ["rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "r
           "pad_token_id", "hidden_act", "use_sliding_window", "layer_types", "quantization_config",
           "activation_function", "model_type", "partial_rotary_factor"]
 ROPE = st.fixed_dictionaries({}, optional={
-    "rope_type": st.sampled_from(["default", "llama3", "yarn", 3]), "rope_theta": ANY,
-    "factor": ANY | st.just(8.0), "low_freq_factor": ANY | st.just(1.0),
-    "high_freq_factor": ANY | st.just(4.0), "original_max_position_embeddings": SIZES})
+    "rope_type": st.sampled_from(["llama3", "yarn", "linear", "dynamic", "longrope", 3]),
+    "rope_theta": ANY | st.floats(1e-3, 1e12), "factor": ANY | st.just(8.0) | st.floats(1e-3, 1e12),
+    "low_freq_factor": ANY | st.just(1.0), "high_freq_factor": ANY | st.just(4.0), OLD: SIZES,
+    "beta_fast": ANY | st.floats(1e-3, 1e12), "beta_slow": ANY | st.floats(1e-3, 1e12),
+    "truncate": st.booleans(), "attention_factor": ANY, "mscale": ANY, "mscale_all_dim": ANY,
+    "short_factor": ANY | st.just([1.0, 2.0]), "long_factor": ANY | st.just([1.0, 2.0])})
 
 
 @settings(max_examples=250, deadline=None)

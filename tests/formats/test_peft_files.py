@@ -332,7 +332,7 @@ def test_generation_settings_and_tokenizer_files_come_along(tmp_path):
             tmp_path / "out")
     names = {path.name for path in (tmp_path / "model").iterdir()} - {"notes.txt"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    for name in names - {"config.json", "model.safetensors"}:
+    for name in names - {"config.json", "generation_config.json", "model.safetensors"}:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
