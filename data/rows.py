@@ -95,8 +95,9 @@ def last_turn(where: str, row: dict, template: ChatTemplate | None,
         whole = template.write(messages, row.get("tools"))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    # Some templates ask for a turn in words that they leave out once it is there: a reason, say.
+    # A template may end the prompt with words, such as <think>, that the written turn lacks.
     turn = whole[len(prompt):] if whole.startswith(prompt) else last["content"]
-    if tokenizer.eos is not None:           # encode() ends the target with it
-        turn = turn.partition(tokenizer.decode([tokenizer.eos]))[0]
+    eos = "" if tokenizer.eos is None else tokenizer.decode([tokenizer.eos])
+    if eos and turn.rstrip().endswith(eos):     # encode() ends every target with it
+        turn = turn.rstrip().removesuffix(eos)
     return prompt, turn

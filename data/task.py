@@ -242,8 +242,7 @@ def first_tokens(tokenizer) -> list[int]:
 
 
 def encode_start(text: str, tokenizer) -> list[int]:
-    """Encodes a text that begins a sequence: bos, then its tokens. A bos in the text is not doubled.
-    """
+    """Encodes a text that begins a sequence: bos, once if the text has it too, then its tokens."""
     head, tokens = first_tokens(tokenizer), tokenizer.encode(text)
     return tokens if head and tokens[:1] == head else head + tokens
 

@@ -12,6 +12,7 @@ from data.reading import hold_out, split_file
 from data.scoring import choice_losses, recall, score_targets
 from data.task import (Example, Sequence, TextTask, collate, encode, encode_prompt, encode_start,
                        encode_targets, sample, target_loss)
+from data.text import Text
 from data.world import World, cloze
 from formats.checkpoint import load_pretrained
 from generate import generate
@@ -125,6 +126,14 @@ def test_exact_is_what_greedy_decoding_writes_after_the_prompt(base):
         prompt = encode_prompt(e, task.setup, 20).tokens
         target = encode(e, tokenizer, 99, eos=False).tokens[len(prompt):]
         assert said == (generate(model, [prompt], len(target), eos=[])[0] == target)
+    assert 0 < sum(right) < len(rows)
+    # jsonl asks for the end too
+    own = Text("jsonl", rows, rows, rows, task.setup, {})
+    right = [row["right"] for row in own.score(model, rows).predictions]
+    for e, said in zip(rows, right):
+        target = tokenizer.encode(e.target)
+        written = generate(model, [encode_prompt(e, task.setup, 20).tokens], len(target) + 1)[0]
+        assert said == (written == target)
     assert 0 < sum(right) < len(rows)
 
 

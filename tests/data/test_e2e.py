@@ -1,5 +1,7 @@
+import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import BASE, SHARED, needs
 from runs import setup_of
+from safetensors.torch import load_file, save_file
 
 from data import e2e, load_task
 from data.e2e import normal_form, read_csv, read_txt
 from data.task import Example
 from data.text_metrics import bleu, caption_words, cider, meteor, nist, rouge_l, text_scores
+from formats.checkpoint import load_pretrained
 from support.errors import UserError
 
 REAL = SHARED / "e2e"
@@ -280,6 +284,25 @@ def test_scores_do_not_depend_on_the_batch_size(base, beams):
     one, many = (load_task("mini-e2e", setup_of(*base, batch_size=size), beams=beams)
                  for size in (1, 4))
     assert one.score(base[0], one.test[::45]) == many.score(base[0], many.test[::45])
+
+
+def test_a_tokenizer_whose_end_is_not_the_config_s_scores_the_same(base, tmp_path):
+    """Renames data/base's bos and eos, each by the other's id, but not in config.json."""
+    names = {"bos_token": "<|eos|>", "eos_token": "<|bos|>"}
+    bos, eos = base[1].bos, base[1].eos
+    shutil.copytree(BASE, tmp_path / "other")
+    (tmp_path / "other" / "tokenizer_config.json").write_text(json.dumps(names))
+    weights = load_file(BASE / "model.safetensors")
+    weights["model.embed_tokens.weight"][[bos, eos]] = weights["model.embed_tokens.weight"][
+        [eos, bos]]
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    model, tokenizer = load_pretrained(tmp_path / "other")
+    assert (tokenizer.bos, tokenizer.eos, model.config.eos) == (eos, bos, [eos, bos])
+    usual, other = (load_task("mini-e2e", setup_of(*pair)) for pair in (base, (model, tokenizer)))
+    same = usual.score(base[0], usual.test[::45])
+    assert other.score(model, other.test[::45]) == same
+    model.config.eos = [eos]                                # what config.json alone says
+    assert other.score(model, other.test[::45]) != same
 
 
 def test_a_text_to_compare_with_may_be_longer_than_any_input(base, tmp_path):
