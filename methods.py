@@ -23,7 +23,7 @@ from dual_lora import DualLoRALinear
 from lora import AdapterLinear, LoRALinear
 from lora_dash import LoRADashLinear
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write
+from support.files import atomic_write, open_regular
 
 
 @dataclass(frozen=True)
@@ -341,6 +341,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """
     _refuse_injected(model)
     path = Path(path) / "adapter.safetensors" if Path(path).is_dir() else path
+    open_regular(path).close()                  # a pipe would never end
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with safe_open(path, "pt") as file:
