@@ -196,8 +196,7 @@ class AdaLoRALinear(AdapterLinear):
 
     def check_options(self) -> None:
         """Refuses what is out of range."""
-        # 1.5 x rank may exceed min(in, out); more directions than in + out are a slip.
-        check_whole("init_rank", self.init_rank, self.rank, sum(self.W0.shape))
+        check_whole("init_rank", self.init_rank, self.rank, 2 * self.max_rank)
         check_whole("delta_t", self.delta_t, 1)
         for name in ("t_init", "t_final"):
             t = getattr(self, name)

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("--run", help="folder that train.py wrote")
     parser.add_argument("--from-peft", metavar="DIR", help="instead of --run: adapters that PEFT "
-                                                           "wrote")
+                                                           "wrote, in a folder or on the hub")
     parser.add_argument("--model", help="with --from-peft: the pretrained model")
     parser.add_argument("--to", metavar="DIR", help="write the merged model here")
     parser.add_argument("--peft", metavar="DIR", help="write the adapters here, for PEFT")

@@ -78,14 +78,13 @@ class DualLoRALinear(AdapterLinear):
 
     def check_options(self) -> None:
         """Fills in r1 and r2, which share the rank, and refuses what is out of range."""
-        largest = min(self.base.in_features, self.base.out_features)
-        check_whole("rank, shared by magnitude and direction,", self.rank, 2, largest)
+        check_whole("rank, shared by magnitude and direction,", self.rank, 2)
         if self.r1 is None:
             self.r1 = self.rank // 2 if self.r2 is None else self.rank - self.r2
         if self.r2 is None:
             self.r2 = self.rank - self.r1
-        check_whole("r1", self.r1, 1, largest)
-        check_whole("r2", self.r2, 1, largest)
+        check_whole("r1", self.r1, 1, self.max_rank)
+        check_whole("r2", self.r2, 1, self.max_rank)
         check_whole("update_warmup", self.update_warmup, 0)
         for name in ("init_share", "init_std", "direction_lr"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:

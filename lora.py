@@ -50,20 +50,21 @@ class AdapterLinear(nn.Module):
     x (..., in) -> (..., out). Dropout acts on the update's input in training; the equation holds
     without it. A method writes delta_weight(). It may override forward() where the same thing has
     a cheaper form.
-    Raises UserError if rank is not in 1..min(in, out), alpha not above 0, dropout not in [0, 1),
-    or an option is unknown.
+    Raises UserError if rank is not in 1..max_rank, alpha not above 0, dropout not in [0, 1), or an
+    option is unknown.
     """
     # The method's own hyperparameters: name -> (default, help). If the default is None, with its
     # type: (None, help, int).
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
+    max_rank = 10_000       # above min(in, out) rank adds parameters, but no directions
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise UserError(f"an adapter needs an nn.Linear, not {type(base).__name__}")
-        check_whole("rank", rank, 1, min(base.in_features, base.out_features))
+        check_whole("rank", rank, 1, self.max_rank)
         if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise UserError(f"alpha must be above 0 and finite, not {alpha!r}")
         if not isinstance(dropout, int | float) or not 0 <= dropout < 1:

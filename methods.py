@@ -23,7 +23,7 @@ from dual_lora import DualLoRALinear
 from lora import AdapterLinear, LoRALinear
 from lora_dash import LoRADashLinear
 from support.errors import UserError, refuse_not_finite
-from support.files import atomic_write
+from support.files import atomic_write, open_regular
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,12 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
 
     A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
-    to_out. A module at two paths gets one adapter. rank and alpha are numbers, or {path: number}
-    with every adapted layer. Modules that `whole` names train as they are, beside the adapters.
-    `own` holds the method's options. For `full` every weight trains, and the other arguments mean
-    nothing. Raises UserError if the method or an option is unknown, a name matches nothing, a
-    module is both adapted and whole, or the model is injected already.
+    to_out. A model of load_pretrained() knows its checkpoint's names too, such as q_proj, and
+    all-linear. A module at two paths gets one adapter. rank and alpha are numbers, or
+    {path: number} with every adapted layer. Modules that `whole` names train as they are, beside
+    the adapters. `own` holds the method's options. For `full` every weight trains, and the other
+    arguments mean nothing. Raises UserError if the method or an option is unknown, a name matches
+    nothing, a module is both adapted and whole, or the model is injected already.
     """
     _refuse_injected(model)
     if method not in METHODS:
@@ -84,8 +85,9 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
                         f"its own are {', '.join(options) or 'none'}")
     config, new, trained = {"method": method}, {}, []
     if layer is not None:
-        own, targets, whole = METHODS[method].defaults | own, _names(targets), _names(whole)
-        found = _find(model, targets)
+        own, whole, linear = METHODS[method].defaults | own, _names(whole), _linear(model)
+        targets = _own_targets(_names(targets), linear, getattr(model, "also_named", {}))
+        found = _find(linear, targets)
         trained = _find_whole(model, whole, found)
         ranks, alphas = (_of_each(value, found.values(), name)
                          for name, value in (("rank", rank), ("alpha", alpha)))
@@ -121,7 +123,8 @@ def _refuse_injected(model):
 
 
 def _names(names: Iterable[str]) -> list[str]:
-    return sorted({names} if isinstance(names, str) else set(names))
+    names = names.split(",") if isinstance(names, str) else names
+    return sorted({name.strip() for name in names})
 
 
 def ends_in(path: str, names: Iterable[str]) -> bool:
@@ -141,10 +144,36 @@ def _of_each(value, paths: Iterable[str], name: str) -> dict:
     return value
 
 
-def _find(model, targets: list[str]) -> dict[nn.Linear, str]:
+def _linear(model) -> dict[str, nn.Linear]:
+    """Returns path -> nn.Linear; a module at two paths stands twice."""
+    return {path: module for path, module in model.named_modules(remove_duplicate=False)
+            if isinstance(module, nn.Linear)}
+
+
+def _own_targets(targets: list[str], linear: Iterable[str],
+                 also_named: dict[str, list[str]]) -> list[str]:
+    """Puts the model's own names in the place of a checkpoint's: q for q_proj.
+
+    also_named: path in the checkpoint -> paths of `linear`. The model's own names come first.
+    """
+    own: set[str] = set()
+    for name in targets:
+        paths = {path for theirs, ours in also_named.items() if ends_in(theirs, [name])
+                 for path in ours}
+        known = not paths or any(ends_in(path, [name]) for path in linear)
+        own |= {name} if known else targets_for(paths, linear)
+    return sorted(own)
+
+
+def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
+    """Shortens `paths` to their last parts, unless these name other known paths too."""
+    paths = set(paths)
+    leaves = {path.rpartition(".")[2] for path in paths}
+    return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
+
+
+def _find(linear: dict[str, nn.Linear], targets: list[str]) -> dict[nn.Linear, str]:
     """Finds the nn.Linear modules that `targets` name; returns module -> its first path."""
-    linear = {path: module for path, module in model.named_modules(remove_duplicate=False)
-              if isinstance(module, nn.Linear)}
     missing = [name for name in targets if not any(ends_in(path, [name]) for path in linear)]
     if missing or not targets:
         names = sorted({path.rpartition(".")[2] for path in linear} - {""})
@@ -307,9 +336,12 @@ def save(model: nn.Module, path: str | Path) -> None:
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Injects a pretrained model as the file says, and loads the adapters from it.
 
-    Raises UserError if the file is damaged or does not fit the model, which then stays as it was.
+    path: the file, or the folder of a run. Raises UserError if the file is damaged or does not fit
+    the model, which then stays as it was.
     """
     _refuse_injected(model)
+    path = Path(path) / "adapter.safetensors" if Path(path).is_dir() else path
+    open_regular(path).close()                  # a pipe would never end
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with safe_open(path, "pt") as file:
@@ -324,7 +356,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
                     raise UserError(f"{name} is {found.get(name, 'missing')} in the file, "
                                     f"{expected.get(name, 'missing')} in the model")
             for name, tensor in tensors.items():    # all are checked before one is changed
-                refuse_not_finite(file.get_tensor(name).to(tensor.dtype), name)
+                read = file.get_tensor(name)
+                if read.dtype != tensor.dtype and not (read.is_floating_point()
+                                                       and tensor.is_floating_point()):
+                    raise UserError(f"{name} is {read.dtype} in the file, {tensor.dtype} in the "
+                                    "model")
+                refuse_not_finite(read.to(tensor.dtype), name)
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
     except (OSError, SafetensorError, AttributeError, TypeError, ValueError,

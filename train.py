@@ -149,8 +149,7 @@ def prepare(args: Namespace, run: Run):
     model, tokenizer, max_length = open_model(args.model, args.device, args.max_length, dtype)
     began_with = {"base": fingerprint(model.state_dict(), dtype), "processes": process_count()}
     torch.manual_seed(args.seed)
-    adapt(model, args)                          # early: a refusal comes before the slow work
-    began_with["adapters"] = [model.injected, fingerprint(state(model), torch.float32)]
+    began_with["adapters"] = adapt(model, args)     # early: a refusal comes before the slow work
     if not is_main():                           # the same adapters, another dropout
         torch.manual_seed(args.seed + process_number() * 2 ** 32)
     model.checkpointing = args.grad_checkpointing

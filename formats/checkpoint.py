@@ -41,6 +41,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     dtype: None keeps the checkpoint's own. The tokenizer is None if the folder has none.
     model.config.eos lists the ends that config.json, generation_config.json and the tokenizer name.
     A tokenizer that names none takes the first of them. So what is trained as the end is an end.
+    model.also_named lists the checkpoint's names of the linear layers, which inject() knows as
+    targets beside the model's own.
     A line on standard error says where model.py can compute a shorter text only than transformers.
     Raises UserError if a tensor is missing, left over or misshapen, or if model.py would compute
     the model in another way than transformers.
@@ -48,6 +50,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     if dtype not in [None, *DTYPES.values()]:
         raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
     folder = find_folder(path_or_repo)
+    refuse_adapters(folder)
     config, named = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
@@ -75,6 +78,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
                 refuse_not_finite(own, f"{folder}: {ours}, as {dtype},")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(own))
         del whole, part                         # unmaps the file
+    names = linear_names(model)
+    model.also_named = names | {"all-linear": [ours for paths in names.values() for ours in paths]}
     if cap := describe_cap(config):
         say_once(f"{path_or_repo}: {cap}")
     return model, tokenizer
@@ -87,10 +92,33 @@ def say_once(line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def find_folder(path_or_repo: str | Path) -> Path:
+def linear_names(model) -> dict[str, list[str]]:
+    """Maps the checkpoint's name of each linear layer but the head to the paths of our layers."""
+    linear = {name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) or hasattr(module, "base")}
+    full = map_names(model.config, {f"{name}.weight" for name in linear})
+    return {theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in ours]
+            for theirs, ours in full.items() if theirs != "lm_head.weight"}
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raises UserError if PEFT's adapters are in the folder: transformers would apply them."""
+    if not (folder / "adapter_config.json").exists():
+        return
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder}: adapter_config.json beside the model: transformers would apply "
+                        "these adapters; move them to a folder of their own, for --from-peft")
+    raise UserError(f"{folder}: holds PEFT's adapters, not a model: give it as --from-peft, and "
+                    "the model that they adapt as --model")
+
+
+def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,
+                weights: tuple[str, str] = ("model*.safetensors", "pytorch_model*.bin")) -> Path:
     """Finds the folder, or fetches the repository into huggingface_hub's cache.
 
-    Raises UserError if there is neither.
+    small: the patterns of the files to fetch beside the weights. weights: the pattern of these, and
+    another for a repository that has none. Raises UserError if there is neither folder nor
+    repository.
     """
     folder, repo = Path(path_or_repo), str(path_or_repo)
     if folder.is_dir():
@@ -101,9 +129,9 @@ def find_folder(path_or_repo: str | Path) -> Path:
         raise UserError(f"{repo}: neither a folder nor a repository of the hub (owner/name){hint}")
     from huggingface_hub import snapshot_download
     try:
-        fetched = Path(snapshot_download(repo, allow_patterns=[*SMALL, "model*.safetensors"]))
-        if not any(fetched.glob("model*.safetensors")):
-            snapshot_download(repo, allow_patterns=[*SMALL, "pytorch_model*.bin"])
+        fetched = Path(snapshot_download(repo, allow_patterns=[*small, weights[0]]))
+        if not any(fetched.glob(weights[0])):
+            snapshot_download(repo, allow_patterns=[*small, weights[1]])
         return fetched
     except Exception as error:                  # the network's, the hub's or the disk's
         reason = " ".join(str(error).split())[:200]

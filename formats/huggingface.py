@@ -122,7 +122,7 @@ SAFE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float1
 TEXTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
          "vocab.bpe", "tokenizer.model", "*.tiktoken"]
-SMALL = ["config.json", "*.index.json", *TEXTS]
+SMALL = ["config.json", "adapter_config.json", "*.index.json", *TEXTS]
 
 
 def map_names(config: Config, ours: set[str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Reads PEFT's adapter files into our adapter layers, and writes our layers for PEFT.
+"""Turns PEFT's adapters into our adapter layers, and our layers into PEFT's files.
 
 A folder holds adapter_config.json and adapter_model.safetensors. The tensors are named by the
 module that they adapt in the Hugging Face model:
@@ -6,7 +6,8 @@ module that they adapt in the Hugging Face model:
     base_model.model.<module>.lora_B.weight                 (out, r)
     base_model.model.<module>.lora_magnitude_vector         (out,)      DoRA
     base_model.model.<module>.lora_E                        (r, 1)      AdaLoRA, all without .weight
-An update is lora_alpha / r * B A, with use_rslora lora_alpha / sqrt(r) * B A.
+An update is lora_alpha / r * B A, with use_rslora lora_alpha / sqrt(r) * B A. peft_files.py reads
+the two files.
 
 export_peft() always writes a LoRA (with magnitudes for DoRA):
     LoRA, LoRA+, DoRA   as they are
@@ -19,31 +20,20 @@ gets A and its own part of B. The update is the same, but each layer trains its 
 """
 import json
 import math
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from formats.huggingface import FAMILIES, few_names, map_names, stored_in
-from formats.json_files import read_json
-from methods import adapters, inject
+from formats.checkpoint import linear_names
+from formats.huggingface import few_names
+from formats.peft_files import find_adapters, read_peft_config, read_tensors
+from methods import adapters, inject, targets_for
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write
-
-READ = {"peft_type", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora", "use_rslora",
-        "bias", "init_lora_weights", "init_r"}
-# Keys that need not be read: the tensors say the same, or the key only led to them.
-HARMLESS = {"r", "rank_pattern", "target_modules", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "fan_in_fan_out", "task_type", "base_model_name_or_path", "revision",
-            "inference_mode", "auto_mapping", "peft_version", "megatron_core", "loftq_config",
-            "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
-            "ensure_weight_tying", "ephemeral_gpu_offload", "target_r", "tinit", "tfinal",
-            "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
-
 
 # The methods that as_lora() knows.
 MAPPED = {"lora", "lora+", "dora", "adalora", "dash", "dual"}
@@ -87,7 +77,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     largest = max(min(layer.W0.shape) for layer in layers.values())
     if rank is not None and not 1 <= rank <= largest:
         raise UserError(f"rank {rank}: must be from 1 to {largest}")
-    errors, modules, tensors, known = {}, {}, {}, modules_of(model)
+    errors, modules, tensors, known = {}, {}, {}, linear_names(model)
     for theirs, ours in known.items():
         found = [(i, layers[path]) for i, path in enumerate(ours) if path in layers]
         if found:
@@ -117,15 +107,6 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         path.write_text(json.dumps(peft_config(model, modules, known, base), indent=2) + "\n",
                         encoding="utf-8")
     return errors
-
-
-def modules_of(model) -> dict[str, list[str]]:
-    """Maps each of PEFT's modules to the paths of our layers that it computes."""
-    linear = {name for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) or hasattr(module, "base")}
-    full = map_names(model.config, {f"{name}.weight" for name in linear})
-    return {theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in ours]
-            for theirs, ours in full.items() if theirs != "lm_head.weight"}
 
 
 @torch.no_grad()
@@ -186,34 +167,35 @@ def peft_config(model, modules: dict[str, Update], known, base: str | None) -> d
 
 # ---- in
 def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
-    """Injects a pretrained model with the adapters that PEFT left in `folder`.
+    """Injects a pretrained model with the adapters that PEFT left in `folder`, or on the hub.
 
     They become LoRA layers, or DoRA layers if they have magnitudes. AdaLoRA's become LoRA layers
     too, with lam in A. own: the method's options, to train on with.
     Raises UserError if the config asks for something that is not read here, or if a tensor has no
     place, does not fit or overflows. The model is as it was then.
     """
-    raw, path = read_peft_config(folder), Path(folder) / "adapter_config.json"
-    method, modules = peft_method(raw), modules_of(model)
+    folder = find_adapters(folder)
+    config, modules = read_peft_config(folder), linear_names(model)
     updates = {}                                # path of a layer of ours -> Update
-    for module, found in read_tensors(Path(folder), model, modules).items():
+    for module, (name, found) in read_tensors(folder, config, model).items():
         ours = modules[module]
         sizes = [len(model.get_submodule(layer).weight) for layer in ours]
         A, B, magnitude = fitting(found, sum(sizes), model.get_submodule(ours[0]).in_features)
-        if A is None or (magnitude is None) != (method != "dora"):
+        if A is None or (magnitude is None) != (config.method != "dora"):
             raise UserError(f"{folder}: the tensors of {module} do not fit its config or the model")
-        scale, split = scale_of(raw, path, module, len(A)), len(sizes) > 1 and bool(B.any())
+        config.check_module(name, len(A))
+        scale, split = config.scale(name, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
         for layer, part, lengths in zip(ours, B.split(sizes), magnitudes):
             update = Update(*(used(A, part) if split else (A, part)), scale, lengths)
             updates[layer] = cast(update, model.get_submodule(layer).weight, f"{folder}: {layer}")
     known = [layer for layers in modules.values() for layer in layers]
-    dropout = number(raw, path, "lora_dropout", 0)
+    dropout = config.number("lora_dropout", 0)
     try:
-        inject(model, method, targets_for(updates, known), one_or_each(ranks(updates)),
+        inject(model, config.method, targets_for(updates, known), one_or_each(ranks(updates)),
                one_or_each(alphas(updates)), dropout, **own)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{config.path}: {error}") from None
     with torch.no_grad():
         for name, layer in adapters(model).items():
             for parameter, value in updates[name]._asdict().items():
@@ -260,13 +242,6 @@ def used(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     return A[columns], B[:, columns]
 
 
-def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
-    """Shortens `paths` to their last parts, unless these name other known paths too."""
-    paths = set(paths)
-    leaves = {path.rpartition(".")[2] for path in paths}
-    return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
-
-
 def ranks(updates: dict[str, Update]) -> dict[str, int]:
     """Returns each rank."""
     return {name: len(update.A) for name, update in updates.items()}
@@ -292,77 +267,3 @@ def whole(number: float) -> float | int:
     """Turns 8.0 into 8, as PEFT writes an alpha. A product that missed 8 by a hair gives 8 too."""
     near = round(number)
     return near if math.isclose(number, near, rel_tol=1e-9) else number
-
-
-def read_peft_config(folder: str | Path) -> dict:
-    """Reads adapter_config.json. Raises UserError, which names the key, if one is not read here."""
-    path = Path(folder) / "adapter_config.json"
-    raw = read_json(path)
-    if raw.get("peft_type") not in ("LORA", "ADALORA"):
-        raise UserError(f"{path}: peft_type {raw.get('peft_type')!r} is not read, only LORA and "
-                        f"ADALORA")
-    for name, value in raw.items():
-        if name not in READ | HARMLESS and value not in (None, False, [], {}):
-            raise UserError(f"{path}: {name} {str(value)[:60]!r} is not supported")
-    if raw.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {str(raw['bias'])[:60]!r}: no method here trains a bias")
-    if raw.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        raise UserError(f"{path}: init_lora_weights {str(raw['init_lora_weights'])[:60]!r} changes "
-                        f"the base model; PEFT can convert it to a plain LoRA")
-    return raw
-
-
-def peft_method(raw: dict) -> str:
-    return "dora" if raw.get("use_dora") else "lora"
-
-
-def number(raw: dict, path: Path, name: str, default: float | None = None) -> float:
-    """Returns raw[name]. Raises UserError if it is not a number from 0 on."""
-    value = raw.get(name, default)
-    if type(value) not in (int, float) or not 0 <= value < 1e9:
-        raise UserError(f"{path}: {name} must be a number from 0 on, found {str(value)[:60]!r}")
-    return value
-
-
-def scale_of(raw: dict, path: Path, module: str, r: int) -> float:
-    """Finds the factor by which PEFT multiplies B A."""
-    alpha, patterns = number(raw, path, "lora_alpha", 8), raw.get("alpha_pattern") or {}
-    if raw["peft_type"] == "ADALORA":           # which knows no patterns
-        r = number(raw, path, "init_r", 12)
-        return (alpha or r) / (r + 1e-5)
-    if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", key) for key in patterns):
-        raise UserError(f"{path}: alpha_pattern must name modules; of regular expressions only the "
-                        f"dot is read")
-    for key in patterns:
-        if re.fullmatch(rf"(.*\.)?{key}", module):          # as PEFT: a dot is any character
-            alpha = number(patterns, path, key)
-            break
-    return alpha / (math.sqrt(r) if raw.get("use_rslora") else r)
-
-
-def read_tensors(folder: Path, model, modules) -> dict[str, dict[str, Tensor]]:
-    """Reads all tensors: module -> lora_A, lora_B, ... -> tensor.
-
-    Raises UserError if a name is unknown or not read here.
-    """
-    names = ("adapter_model.safetensors", "adapter_model.bin")
-    file = next((folder / name for name in names if (folder / name).exists()), None)
-    if file is None:
-        raise UserError(f"{folder}: holds neither {' nor '.join(names)}")
-    found: dict = defaultdict(dict)
-    prefix = FAMILIES[model.config.model_type].prefix
-    for stored in stored_in(file):
-        parts = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vector)"
-                             r"(\.weight)?", stored.name)
-        module = parts and prefix * (not parts[1].startswith(prefix)) + parts[1]
-        if module not in modules or stored.dtype is None:
-            raise UserError(f"{file}: {stored.name[:200]}: only the linear layers of attention and "
-                            f"MLP can have adapters here, of plain numbers")
-        found[module][parts[2]] = stored.read()
-    for module, tensors in found.items():
-        missing = {"lora_A", "lora_B"} - set(tensors)
-        if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
-            raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
-    if not found:
-        raise UserError(f"{file}: holds no adapters")
-    return found

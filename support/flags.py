@@ -5,15 +5,19 @@ from argparse import BooleanOptionalAction, Namespace
 from inspect import Parameter
 from pathlib import Path
 
+import torch
+
 from data import OPTIONS, TASKS, checked_options, options_in, options_of
 from data.task import BATCH_SIZE
 from formats.checkpoint import MAX_LENGTH
-from formats.peft import import_peft, peft_method, read_peft_config
-from methods import METHODS, adapters, inject
+from formats.peft import import_peft
+from formats.peft_files import find_adapters, read_peft_config
+from methods import METHODS, adapters, inject, state
 from support.errors import UserError, nearest
 from support.parser import Parser, default_device, device, flag
 from support.processes import process_count
-from support.run import FILES, PRECISIONS, ROOT, Flags, read_config, visible
+from support.run import (CHECKPOINT, FILES, PRECISIONS, ROOT, Flags, fingerprint, read_config,
+                         visible)
 
 BASE = ROOT / "data" / "base"
 TARGETS = "q,k,v,up,down"
@@ -34,8 +38,9 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                       help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
-    what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, "
-                      "instead of --method, --rank, --alpha, --dropout, --targets")
+    what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, in "
+                      "a folder or on the hub, instead of --method, --rank, --alpha, --dropout, "
+                      "--targets")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,
                          help="train as many parameters as LoRA of this rank; adalora: on average, "
@@ -43,8 +48,9 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     adapter.add_argument("--alpha", type=float, help="scale the update by this (2 x rank)")
     adapter.add_argument("--dropout", type=float, default=0.0,
                          help="set this share of the adapter's input to 0 in training (0)")
-    adapter.add_argument("--targets", default=TARGETS, help="adapt the layers whose names end so, "
-                                                            f"comma-separated ({TARGETS})")
+    adapter.add_argument("--targets", default=TARGETS,
+                         help="adapt the layers whose names end so, comma-separated; PEFT's names, "
+                              f"such as q_proj and all-linear, do too ({TARGETS})")
     adapter.add_argument("--lr-ratio", type=float, help="multiply the learning rate of B (dual: B "
                                                         "and D) by this (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
@@ -130,7 +136,7 @@ def check_flags(args: Namespace) -> None:
         for name in ("method", *ADAPTER_FLAGS):
             if name in args.given:
                 raise UserError(f"{flag(name)}: --from-peft brings its own")
-        args.method = peft_method(read_peft_config(args.from_peft))
+        args.method = read_peft_config(find_adapters(args.from_peft)).method
     if args.method is None:
         raise UserError(f"--method is missing; known: {', '.join(METHODS)}")
     if args.method not in METHODS:
@@ -173,19 +179,45 @@ def default_lr(method: str, model: str) -> float:
     return chosen.lr if chosen.large_lr is None or ships(model) else chosen.large_lr
 
 
-def adapt(model, args: Namespace) -> None:
-    """Puts the adapters that the flags ask for into the model."""
+def adapt(model, args: Namespace) -> list:
+    """Puts the adapters that the flags ask for into the model.
+
+    Returns what they begin as, for config.json: model.injected, and a fingerprint.
+    """
     method = METHODS[args.method]
     options = {name: value for name in method.options
                if (value := getattr(args, name)) is not None}
+    if args.from_peft is not None and args.resume and not Path(args.from_peft).exists():
+        return adapt_again(model, args, options)
     if args.from_peft is not None:
         import_peft(model, args.from_peft, **options)
     elif method.layer is None:
         inject(model, args.method)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-        inject(model, args.method, args.targets.split(","), args.rank, alpha, args.dropout,
-               **options)
+        inject(model, args.method, args.targets, args.rank, alpha, args.dropout, **options)
+    return [model.injected, fingerprint(state(model), torch.float32)]
+
+
+def adapt_again(model, args: Namespace, options: dict) -> list:
+    """Does adapt() for a run of --from-peft that goes on, and DIR is gone or on the hub.
+
+    config.json has what inject() needs, and the checkpoint what the adapters hold. Raises UserError
+    if the run has no checkpoint, and the hub has no adapters.
+    """
+    if not (Path(args.out) / CHECKPOINT).exists():
+        try:
+            import_peft(model, args.from_peft, **options)
+        except UserError as error:
+            raise UserError(f"{args.out}: has no checkpoint yet, so it needs --from-peft again: "
+                            f"{error}") from None
+        return [model.injected, fingerprint(state(model), torch.float32)]
+    began = read_config(args.out).get("adapters")
+    try:
+        inject(model, **began[0])
+    except (TypeError, ValueError, LookupError, RecursionError) as error:
+        raise UserError(f"{args.out}/config.json: adapters: {error}") from None
+    return began
 
 
 def resolve(args: Namespace, model, task) -> Flags:

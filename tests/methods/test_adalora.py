@@ -266,7 +266,7 @@ def test_autocast_does_not_reach_the_penalty():
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(init_rank=1), dict(init_rank=12), dict(init_rank=2.5), dict(t_init=-1),
+    dict(init_rank=1), dict(init_rank=20_001), dict(init_rank=2.5), dict(t_init=-1),
     dict(t_init=float("nan")), dict(t_final=1.5), dict(delta_t=0), dict(beta1=0.0),
     dict(beta2=1.0), dict(gamma=-0.1)])
 def test_wrong_arguments_are_refused_by_name(wrong):

@@ -333,7 +333,7 @@ def test_the_rank_is_split_and_the_scale_follows_the_split():
 
 @pytest.mark.parametrize("wrong, name", [
     (dict(rank=1), "rank"), (dict(r1=0), "r1"), (dict(r1=4), "r2"), (dict(r2=9), "r1"),
-    (dict(r1=1, r2=9), "r2"), (dict(r2=1.5), "r1"), (dict(update_warmup=-1), "update_warmup"),
+    (dict(r1=1, r2=10_001), "r2"), (dict(r2=1.5), "r1"), (dict(update_warmup=-1), "update_warmup"),
     (dict(update_warmup=0.5), "update_warmup"), (dict(init_std=0.0), "init_std"),
     (dict(init_std=math.nan), "init_std"),
     (dict(init_std=None, init_share=0.0), "init_share"), (dict(direction_lr=0.0), "direction_lr")])

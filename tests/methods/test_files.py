@@ -58,6 +58,8 @@ def unfit(tmp_path, method):
     write("missing", rest, {"adapter": settings})
     write("unexpected", tensors | {"other": tensor.clone()}, {"adapter": settings})
     write("misshapen", rest | {name: tensor[..., None].clone()}, {"adapter": settings})
+    write("whole numbers", rest | {name: tensor.long()}, {"adapter": settings})
+    write("truth values", rest | {name: tensor.bool()}, {"adapter": settings})
     write("foreign", tensors, {"format": "pt"})
     write("bare", tensors, None)
     write("no json", tensors, {"adapter": "{"})
@@ -86,6 +88,18 @@ def test_a_file_that_does_not_fit_is_refused_by_name_and_leaves_the_model_alone(
         assert [p.requires_grad for p in model.parameters()] == [False] + [True] * (
             len(list(model.parameters())) - 1)
         load(model, tmp_path / "good")       # nothing of the failure is left in the way
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_s_folder_stands_for_its_adapter_and_other_floats_are_cast(method, tmp_path):
+    model = train(injected(method))
+    save(model, tmp_path / "adapter.safetensors")
+    assert same(snapshot(load(net(), tmp_path)), snapshot(model))
+    tensors = {name: t.half() for name, t in load_file(tmp_path / "adapter.safetensors").items()}
+    save_file(tensors, tmp_path / "half", {"adapter": json.dumps(model.injected)})
+    found = snapshot(load(net(), tmp_path / "half"))
+    assert all(torch.allclose(found[name], t, atol=1e-2, rtol=1e-2) and t.dtype is found[name].dtype
+               for name, t in snapshot(model).items())
 
 
 def test_a_file_for_another_model_is_refused(tmp_path):

@@ -109,7 +109,7 @@ def test_a_whole_module_that_is_not_there_or_holds_an_adapter_is_refused():
 def test_a_refused_injection_leaves_the_model_as_it_was():
     model = net()
     with pytest.raises(UserError, match="blocks.1.q: rank"):
-        inject(model, "lora", ["q"], rank={"q": 4, "blocks.0.q": 4, "blocks.1.q": 99})
+        inject(model, "lora", ["q"], rank={"q": 4, "blocks.0.q": 4, "blocks.1.q": 10_001})
     assert all(p.requires_grad for p in model.parameters()) and not adapters(model)
 
 
@@ -151,7 +151,7 @@ def test_wrong_methods_and_options_are_refused():
         inject(net(), "lroa", ["q"])
     with pytest.raises(UserError, match="dual has no option magic: its own are r1, r2"):
         inject(net(), "dual", ["q"], magic=1)
-    for wrong in (dict(rank=9), dict(rank=True), dict(alpha="16"), dict(dropout="0.1")):
+    for wrong in (dict(rank=10_001), dict(rank=True), dict(alpha="16"), dict(dropout="0.1")):
         with pytest.raises(UserError, match=f"q: {next(iter(wrong))} must be"):
             inject(net(), "lora", ["q"], **wrong)
 

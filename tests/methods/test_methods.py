@@ -30,6 +30,19 @@ def test_forward_equals_its_definition(method):
         assert layer.delta_weight().abs().max() > 1e-4     # not because nothing was learnt
 
 
+@pytest.mark.parametrize("method", ADAPTED)
+def test_a_rank_above_a_layers_width_trains_as_any_other(method, tmp_path):
+    model, start = train(injected(method, torch.float64, rank=20)), injected(method, torch.float64,
+                                                                             rank=20)
+    for path, layer in adapters(model).items():
+        x = torch.randn(3, layer.base.in_features, dtype=torch.float64)
+        expected = F.linear(x, layer.merged_weight(), layer.base.bias)
+        assert torch.allclose(layer(x), expected, rtol=1e-9, atol=1e-11)
+        assert not torch.equal(layer.merged_weight(), adapters(start)[path].merged_weight())
+    save(model, tmp_path / "file")
+    assert same(snapshot(load(net(torch.float64), tmp_path / "file")), snapshot(model))
+
+
 @pytest.mark.parametrize("method", [name for name in ADAPTED if name != "dora"])  # see test_dora.py
 def test_dropout_acts_on_the_update_and_not_on_the_pretrained_weight(method):
     for layer in adapters(train(injected(method, torch.float64, dropout=0.5))).values():

@@ -103,7 +103,7 @@ def test_a_run_that_its_method_refuses_is_refused_before_the_texts_are_read(item
                                                                            monkeypatch):
     monkeypatch.setattr(Text, "sequence", lambda *_: pytest.fail("tokenized"))
     assert "to prune in" in refused(capsys, "--method", "adalora", *items, "--steps", "1")
-    assert "layers.0.attn.q: rank" in refused(capsys, "--method", "lora", *items, "--rank", "999")
+    assert "layers.0.attn.q: rank" in refused(capsys, "--method", "lora", *items, "--rank", "10001")
     assert not Path("run").exists()
 
 
