@@ -68,6 +68,7 @@ def test_a_config_that_lost_its_adapters_is_one_line(adapters, monkeypatch, caps
     assert "run/config.json: adapters" in refused(capsys, "--resume", "--out", "run")
 
 
+@pytest.mark.slow
 def test_targets_by_pefts_names_train_as_by_ours(capsys, monkeypatch):
     for out, targets in (("ours", "q,v,up"), ("run", "q_proj, v_proj, up_proj")):
         flags = ["--method", "lora", "--rank", "140", "--targets", targets, *SHORT]

@@ -215,7 +215,7 @@ def test_patterns_match_as_in_peft(config, saved, tmp_path):
 
 @pytest.mark.parametrize("pattern", [
     "(", "*", "[a-z", "(?P<x>a)(?P<x>b)", "(" * 5000, "((a{999}){999}){999}", "a{100000000}",
-    r"(?:\w|\.|[a-z]|[^!])+(?<=!)"])
+    pytest.param(r"(?:\w|\.|[a-z]|[^!])+(?<=!)", marks=pytest.mark.slow)])
 def test_a_pattern_that_is_none_or_takes_too_long_is_one_line_within_seconds(pattern, saved,
                                                                             tmp_path):
     folder = changed(saved("lora"), tmp_path / "x", alpha_pattern={pattern: 3})
