@@ -329,4 +329,4 @@ def test_a_damaged_snapshot_ends_with_one_line(sweep, tmp_path, capsys):
 
 def test_no_runs_end_with_one_line(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "missing"):
-        assert "no folder of a finished run" in refused(capsys, str(folder), main=analyze.main)
+        assert "neither the folder of a finished run" in refused(capsys, str(folder), main=analyze.main)
