@@ -10,7 +10,6 @@ has the patterns of the model families, and order_tokens(), which finds the orde
 import unicodedata
 from math import inf, prod
 from pathlib import Path
-from threading import Thread
 from typing import Iterable
 
 import regex
@@ -18,7 +17,7 @@ import tiktoken
 
 from formats.json_files import expected_layout
 from formats.special_tokens import Tokenizer, check_ids
-from support.errors import UserError
+from support.errors import UserError, within
 
 # Split patterns. GPT-2: openai/gpt-2, src/encoder.py. LLaMA-3: meta-llama/llama-models,
 # models/llama3/tokenizer.py (openai/tiktoken's cl100k_base splits the same). Qwen: transformers,
@@ -90,25 +89,17 @@ class BPETokenizer(Tokenizer):
         """Encodes the text to ranks, or returns None if tiktoken's regular expressions give up.
 
         They do on 10^6 spaces in a row. tiktoken knows no limit of time, but lets other threads
-        run. So an unknown pattern gets a thread of its own, which a UserError leaves behind.
+        run. So an unknown pattern gets a thread of its own.
         """
-        found = []
+        def encode() -> list[int]:
+            return self._encoding.encode(text, disallowed_special=())
 
-        def encode() -> None:
-            try:
-                found.extend(self._encoding.encode(text, disallowed_special=()))
-            except ValueError:
-                found.append(None)
-
-        if self._published:
-            encode()
-        else:
-            thread = Thread(target=encode, daemon=True)
-            thread.start()
-            thread.join(time_for(text))
-            if thread.is_alive():
-                raise UserError(self._too_long(text))
-        return None if None in found[:1] else found
+        try:
+            return encode() if self._published else within(time_for(text), encode)
+        except TimeoutError:
+            raise UserError(self._too_long(text)) from None
+        except ValueError:
+            return None
 
     def _cut(self, text: str) -> list[str]:
         """Cuts the text into words. Raises UserError if the pattern takes too long over it."""

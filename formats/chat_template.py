@@ -9,11 +9,12 @@ from pathlib import Path
 
 from formats.json_files import expected_layout, read_bytes, read_json_if_there
 from formats.special_tokens import ROLES
-from support.errors import UserError
+from support.errors import UserError, within
 
 # The day that a template which asks for today's date gets. It is the one that LLaMA-3.1's template
 # names itself. With the real date a run's prompts would change overnight.
 TODAY = datetime(2024, 7, 26)
+SECONDS = 5             # in which a template must write a chat
 
 
 def read_chat_template(folder: Path) -> str | None:
@@ -69,9 +70,9 @@ class ChatTemplate:
         self.template = self.tried(lambda: environment.from_string(template))
 
     def tried(self, call):
-        """Returns call(). Raises UserError if the template fails, in whatever way."""
+        """Returns call(). Raises UserError if the template fails in any way, or takes too long."""
         try:
-            return call()
+            return within(SECONDS, call)
         except Exception as error:          # a template can do anything that a program can
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(f"{self.folder}: its chat template fails: {reason}") from None

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import contextmanager
 from importlib.util import find_spec
+from threading import Thread
 from typing import Callable, Iterable, Iterator
 
 import torch
@@ -38,6 +39,27 @@ def require(*packages: str) -> None:
 def out_of_memory(error: RuntimeError) -> bool:
     """Says whether an error means too little memory, on the GPU or on the machine."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def within(seconds: float, call: Callable):
+    """Returns call(). Raises TimeoutError if it takes longer; its thread is then left to itself."""
+    ended = []
+
+    def work() -> None:
+        try:
+            ended.append((call(), None))
+        except Exception as error:
+            ended.append((None, error))
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        raise TimeoutError(f"takes longer than {seconds:.0f} seconds")
+    value, error = ended[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def stop_unless_finite(numbers: dict[str, float], when: str) -> None:

@@ -3,6 +3,7 @@ import argparse
 import os
 import pickle
 import re
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, Iterator
@@ -85,7 +86,8 @@ def load_pickle(path: str | Path, **options):
     options: of torch.load. Raises ValueError if it would run code, or is broken as a pickle.
     """
     try:
-        return torch.load(path, weights_only=True, **options)
+        with warnings.catch_warnings(action="ignore"):      # of odd pickle protocols
+            return torch.load(path, weights_only=True, **options)
     except pickle.UnpicklingError as error:     # torch's own message tells how to run the code
         name = re.search(r"GLOBAL ([\w.]{1,100})", str(error))
         raise ValueError(f"it holds more than tensors, and would run code: {name[1]}" if name else

@@ -110,8 +110,11 @@ def test_without_a_template_each_turn_is_a_paragraph(base, write):
 @pytest.mark.parametrize("template, said", [
     ("{{ raise_exception('no system role') }}", "no system role"), ("{% for %}", "Expected"),
     ("{{ nothing.at.all }}", "undefined"), ("{{ 1 / 0 }}", "division"),
-    ("{{ ''.__class__.__mro__ }}", "unsafe"), (["x"], "unexpected layout"), (3, "is a int")])
-def test_a_template_that_fails_is_one_line(tmp_path, write, template, said):
+    ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ("{% for a in range(5000) %}{% for b in range(5000) %}{% endfor %}{% endfor %}", "longer than"),
+    (["x"], "unexpected layout"), (3, "is a int")])
+def test_a_template_that_fails_is_one_line(tmp_path, write, template, said, monkeypatch):
+    monkeypatch.setattr("formats.chat_template.SECONDS", 0.2)
     tokenizer = load_tokenizer(chat_folder(tmp_path, chat_template=template))
     with pytest.raises(UserError, match=said) as caught:
         read_examples(write([{"messages": CHAT}]), tokenizer)
