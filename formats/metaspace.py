@@ -15,7 +15,7 @@ from pathlib import Path
 
 from formats.bpe_files import list_steps, read_merges, refuse_settings
 from formats.json_files import expected_layout, read_json_if_there
-from formats.special_tokens import Tokenizer, build_tokenizer, check_ids, read_ids
+from formats.special_tokens import Tokenizer, build_tokenizer, check_ids
 from support.errors import UserError
 
 SPACE = "▁"
@@ -157,15 +157,19 @@ def find_llama_prefix(folder: Path) -> str | None:
 
     The class disregards the normalizer, pre-tokenizer, decoder and unk of tokenizer.json. It goes
     by add_prefix_space and legacy in tokenizer_config.json (transformers 5,
-    models/llama/tokenization_llama.py). A Mistral is read by another class, whatever is named.
+    models/llama/tokenization_llama.py). CodeLlamaTokenizer does the same without legacy. A Mistral
+    is read by another class, whatever is named.
     """
-    settings = read_json_if_there(folder / "tokenizer_config.json")
-    name = str(settings.get("tokenizer_class")).removesuffix("Fast")
-    if name != "LlamaTokenizer" or read_ids(folder)["model_type"] == "mistral":
+    settings, config = (read_json_if_there(folder / name)
+                        for name in ("tokenizer_config.json", "config.json"))
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
+    name = name.removesuffix("Fast")
+    if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or (
+            config.get("model_type") == "mistral"):
         return None
     if not settings.get("add_prefix_space") and settings.get("add_prefix_space") is not None:
         return "never"
-    return "always" if settings.get("legacy") else "first"
+    return "always" if settings.get("legacy") and name == "LlamaTokenizer" else "first"
 
 
 def load_pieces(path: Path, vocab: dict[str, int], pairs: list[tuple[str, ...]],

@@ -72,6 +72,19 @@ def test_legacy_and_add_prefix_space_count_as_in_llama_tokenizer(tmp_path, files
     assert (mine.bos, mine.eos, mine.pad) == (1, 2, None)
 
 
+@pytest.mark.parametrize("config, settings", [
+    ({"tokenizer_class": "LlamaTokenizer"}, {"legacy": True}),
+    ({"tokenizer_class": "LlamaTokenizer"}, {}),
+    ({}, {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}),
+    ({}, {"tokenizer_class": "CodeLlamaTokenizerFast", "add_prefix_space": False})])
+def test_the_class_may_stand_in_config_json_and_be_code_llama_s(tmp_path, config, settings):
+    write_json(tmp_path, tokenizer=json.loads(llama_json()) | LEGACY, tokenizer_config=settings,
+               config={"model_type": "llama"} | config)
+    mine, reference = both(tmp_path)
+    for text in TEXTS:
+        agree(mine, reference, text)
+
+
 def test_a_mistral_goes_by_tokenizer_json_whatever_class_is_named(tmp_path):
     write_json(tmp_path, tokenizer=json.loads(llama_json()) | LEGACY, config={
         "model_type": "mistral"}, tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
