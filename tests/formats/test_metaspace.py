@@ -76,7 +76,7 @@ def test_legacy_and_add_prefix_space_count_as_in_llama_tokenizer(tmp_path, files
     ({"tokenizer_class": "LlamaTokenizer"}, {"legacy": True}),
     ({"tokenizer_class": "LlamaTokenizer"}, {}),
     ({}, {"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}),
-    ({}, {"tokenizer_class": "CodeLlamaTokenizerFast", "add_prefix_space": False})])
+    ({}, {"tokenizer_class": "CodeLlamaTokenizerFast"})])
 def test_the_class_may_stand_in_config_json_and_be_code_llama_s(tmp_path, config, settings):
     write_json(tmp_path, tokenizer=json.loads(llama_json()) | LEGACY, tokenizer_config=settings,
                config={"model_type": "llama"} | config)
