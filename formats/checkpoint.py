@@ -40,10 +40,10 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
 
     dtype: None keeps the checkpoint's own. The tokenizer is None if the folder has none.
     model.config.eos lists the ends that config.json, generation_config.json and the tokenizer name.
-    A tokenizer that names none takes the first of them. So what is trained as the end is an end.
-    model.also_named lists the checkpoint's names of the linear layers, which inject() knows as
-    targets beside the model's own.
-    A line on standard error says where model.py can compute a shorter text only than transformers.
+    A tokenizer that names none gets the first of them as its eos, which training ends a text with.
+    model.also_named maps the checkpoint's names of linear layers to ours: inject() takes both as
+    targets.
+    Where model.py computes shorter texts than transformers, a line on standard error says so.
     Raises UserError if a tensor is missing, left over or misshapen, or if model.py would compute
     the model in another way than transformers.
     """

@@ -200,10 +200,10 @@ def adapt(model, args: Namespace) -> list:
 
 
 def adapt_again(model, args: Namespace, options: dict) -> list:
-    """Does adapt() for a run of --from-peft that goes on, and DIR is gone or on the hub.
+    """Does adapt() for a resumed run of --from-peft whose folder is gone, or was on the hub.
 
-    config.json has what inject() needs, and the checkpoint what the adapters hold. Raises UserError
-    if the run has no checkpoint, and the hub has no adapters.
+    The run's config.json has what inject() needs. The adapters' values come from its checkpoint.
+    Raises UserError if there is no checkpoint, and no adapters on the hub either.
     """
     if not (Path(args.out) / CHECKPOINT).exists():
         try:
