@@ -18,8 +18,9 @@ from formats.chat_template import ChatTemplate, read_chat_template
 from support.errors import UserError
 
 ALPACA = ("instruction", "input", "output")
-HOW = ("written by the tokenizer's chat template",
-       "the tokenizer has no chat template: each turn is a paragraph, User: ..., Assistant: ...")
+BY_TEMPLATE = "written by the tokenizer's chat template"
+BY_PARAGRAPHS = ("the tokenizer has no chat template: each turn is a paragraph, User: ..., "
+                 "Assistant: ...")
 
 
 def read_rows(path: str) -> Iterator[tuple[str, object]]:
@@ -37,8 +38,7 @@ def read_examples(path: str, tokenizer) -> tuple[list[Example], dict[str, str]]:
     """Reads the examples of a file. Notes say how its chats are written, if it has any.
 
     An alpaca row without an output is left out, with a message: alpaca's own file has some.
-    Raises UserError, which names the line, if a row has none of the forms, or a text of it is
-    missing or empty.
+    Raises UserError, which names the row, if it has none of the forms, or its target is empty.
     """
     examples, notes, empty = [], {}, 0
     frame, template = read_template(None), None
@@ -47,7 +47,8 @@ def read_examples(path: str, tokenizer) -> tuple[list[Example], dict[str, str]]:
         if {"prompt", "target"} <= keys:
             prompt, target = row["prompt"], row["target"]
         elif {"instruction", "output"} <= keys:
-            instruction, more, output = (row.get(key) or "" for key in ALPACA)
+            instruction, more, output = ("" if row.get(key) is None else row[key]
+                                         for key in ALPACA)
             if not all(isinstance(text, str) for text in (instruction, more, output)):
                 raise UserError(f"{where}: {', '.join(ALPACA)} must be text")
             if not output.strip():
@@ -58,8 +59,8 @@ def read_examples(path: str, tokenizer) -> tuple[list[Example], dict[str, str]]:
         elif "messages" in keys:
             if "chat" not in notes:
                 source = read_chat_template(tokenizer.path.parent)
-                template = source and ChatTemplate(source, tokenizer)
-                notes["chat"] = HOW[not source]
+                template = None if source is None else ChatTemplate(source, tokenizer)
+                notes["chat"] = BY_PARAGRAPHS if source is None else BY_TEMPLATE
             prompt, target = last_turn(where, row, template, tokenizer)
         else:
             raise UserError(f'{where}: not a JSON object with "prompt" and "target", '

@@ -304,8 +304,9 @@ def encode_prompt(example: Example, setup: Setup, max_new_tokens: int) -> Sequen
     head = len(first_tokens(setup.tokenizer))
     room = min(setup.max_length, setup.config.max_positions - max_new_tokens)
     if room <= head:
-        raise UserError(f"the model's {setup.config.max_positions} positions leave no room for a "
-                        f"prompt beside the {max_new_tokens} new tokens of this task")
+        raise UserError(f"--max-length {setup.max_length} and the model's "
+                        f"{setup.config.max_positions} positions leave no room for a prompt beside "
+                        f"the {max_new_tokens} new tokens of this task")
     cut = len(tokens) > room
     tokens = tokens[:head] + tokens[head - room:] if cut else tokens
     return checked_sequence(Sequence(tokens, 0, cut), setup)
@@ -344,9 +345,11 @@ def scoring(model) -> Iterator[None]:
     """Puts the model in eval mode, without gradients, inside the block."""
     was_training = model.training
     model.eval()
-    with torch.inference_mode():
-        yield
-    model.train(was_training)
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def target_hidden(model, tokens: Tensor, is_target: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,8 +34,7 @@ PUBLISHED = (GPT2_SPLIT, LLAMA3_SPLIT, QWEN_SPLIT, DIGITS_SPLIT)   # quick, and 
 _VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _HIDDEN = [byte for byte in range(256) if byte not in _VISIBLE]
 _BYTE_OF = dict.fromkeys(_HIDDEN, "\uffff") | {256 + n: chr(b) for n, b in enumerate(_HIDDEN)}
-# A longer pattern, or one of more repeats (all the counts in braces multiplied), is refused.
-MOST_PATTERN, MOST_REPEATS, COUNTS = 10**4, 10**5, regex.compile(r"\{(\d*),?(\d*)\}")
+MOST_PATTERN, MOST_REPEATS = 10**4, 10**5       # a longer pattern, or one of more, is refused
 PATIENCE = 2            # seconds in which the shortest text must be cut into words
 ASCII = "".join(map(chr, range(128)))
 BYTES = [bytes([byte]) for byte in range(256)]
@@ -67,7 +66,7 @@ class BPETokenizer(Tokenizer):
                             f"{' '.join(str(error).split())[:200]}") from error
         self._id_of_rank = list(tokens.values())
         self._missing = b"".join(byte for byte in BYTES if tokens[byte] is None)
-        self._cut(ASCII + ASCII)             # tiktoken would drop what an empty match steps over
+        self._cut(ASCII + ASCII)    # refuses empty matches, at which tiktoken drops characters
 
     def encode_plain(self, text: str, at_start: bool) -> list[int]:
         text = unicodedata.normalize("NFC", text) if self._nfc else text
@@ -135,8 +134,7 @@ def compile_split(path: Path, split: str) -> regex.Pattern:
     Raises UserError if it is wrong, or so long or so often repeated that it may take all memory:
     (a{1000}){1000} is compiled to 10^6 letters.
     """
-    counts = (max(int("0" + n) for n in pair) or 1 for pair in COUNTS.findall(split[:MOST_PATTERN]))
-    if len(split) > MOST_PATTERN or prod(counts) > MOST_REPEATS:
+    if len(split) > MOST_PATTERN or count_repeats(split) > MOST_REPEATS:
         raise UserError(f"{path}: split pattern {split[:60]!r}...: more than {MOST_PATTERN} "
                         f"characters or {MOST_REPEATS} repeats")
     try:
@@ -144,6 +142,12 @@ def compile_split(path: Path, split: str) -> regex.Pattern:
     except (ValueError, regex.error, RecursionError, MemoryError) as error:
         raise UserError(f"{path}: split pattern {split[:200]!r} does not compile: "
                         f"{' '.join(str(error).split())[:200]}") from error
+
+
+def count_repeats(pattern: str) -> int:
+    """Multiplies all counts in the braces of a pattern: it may be compiled to so many copies."""
+    counts = regex.findall(r"\{(\d*),?(\d*)\}", pattern)
+    return prod(max(1, *(int("0" + digits[:9]) for digits in pair)) for pair in counts)
 
 
 def to_bytes(token: str) -> bytes | None:

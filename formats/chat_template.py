@@ -32,7 +32,7 @@ def read_chat_template(folder: Path) -> str | None:
             template = {one["name"]: one["template"] for one in template}["default"]
         if not isinstance(template, str | None):
             raise TypeError(f"chat_template is a {type(template).__name__}")
-        return template
+        return template or None
 
 
 class ChatTemplate:
@@ -66,7 +66,7 @@ class ChatTemplate:
         environment.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
         self.folder = tokenizer.path.parent
         self.texts = {f"{role}_token": tokenizer.decode([i]) for role in ROLES
-                      if (i := getattr(tokenizer, role)) is not None}
+                      if (i := getattr(tokenizer, role)) in tokenizer.special}
         self.template = self.tried(lambda: environment.from_string(template))
 
     def tried(self, call):

@@ -141,8 +141,8 @@ def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,
 def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
     """Lists the tensors that fill the model: their names in the tables -> the tensors.
 
-    The head of a tied model fills the embedding if the file has no other. Sets config.tied to False
-    if the two differ.
+    The head of a tied model fills the embedding if the file has no embedding. Sets config.tied to
+    False if the two differ.
     """
     tensors, family = {}, FAMILIES[config.model_type]
     for tensor in all_stored(folder):
@@ -204,8 +204,8 @@ def match_tensors(model: Transformer, tensors: dict[str, Stored],
 def save_pretrained(model: Transformer, path: str | Path) -> None:
     """Writes config.json and model.safetensors, which load_pretrained and transformers read.
 
-    If the positions were capped, config.json still says what the model's own said: its window and
-    its longer max_position_embeddings, with which transformers computes longer texts.
+    If the positions were capped, config.json keeps the original window and
+    max_position_embeddings, with which transformers computes longer texts.
     Raises UserError if the model has adapters, or if config.json cannot express its Config.
     """
     config, path, state = model.config, Path(path), model.state_dict()
@@ -256,10 +256,11 @@ def copy_texts(files: list[Path], folder: Path, eos: list[int]) -> None:
     """
     for file in files:
         with atomic_write(folder / file.name) as temporary:
-            shutil.copyfile(file, temporary)
             if file.name == "generation_config.json":
                 raw = read_json(file) | {"eos_token_id": one_or_all(eos)}
                 temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+            else:
+                shutil.copyfile(file, temporary)
 
 
 def open_model(path: str, device: str, max_length: int | None, dtype: torch.dtype):

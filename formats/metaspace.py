@@ -27,11 +27,13 @@ class MetaspaceTokenizer(Tokenizer):
     """Runs BPE on the characters of the text between the added tokens.
 
     vocab: token -> id. pairs: the merges, in the order learnt.
-    prefix: where "▁" is put in front of the text. "first": at the start of all text, "always":
-    after an added token too, and in both cases only if no space stands there. "each": as always,
-    but before a space too. "never".
-    strip: the space that decoding takes off: "" none, "one" the first character, "all" those of
-    the first token (and then bytes stay as they are spelt).
+    prefix: when "▁" is put in front of the text.
+        never
+        first     at the start of the whole text, unless a space stands there
+        always    after an added token too
+        each      as always, and also before a space
+    strip: what decoding takes off: "" nothing, "one" a space at the start, "all" every space of the
+    first token. With "all", tokens <0xNN> stay as they are spelt.
     split: cut the text before each space. unk: the id of a character that has no bytes either;
     None drops it. fuse_unk: several such characters in a row are one id.
     Raises UserError if an id is wrong, or a merge names a token that the vocabulary lacks.
@@ -73,10 +75,11 @@ class MetaspaceTokenizer(Tokenizer):
         return ids
 
     def _cut(self, text: str) -> list[str]:
-        """Cuts the text between two characters where no merge can ever join across.
+        """Cuts the text between two characters that no merge joins.
 
-        This changes no id: a merge across has the one at its left part's end, and the other at its
-        right part's start. It makes words, which repeat. Bytes may be joined in other ways.
+        Such a cut changes no id. A merge across it would join a token that ends with the left
+        character to one that begins with the right one. The pieces repeat, so their ids are cached.
+        There is no cut beside a character that is spelt in bytes: _joints has no bytes.
         """
         words, start = [], 0
         for at, joint in enumerate(zip(text, text[1:]), 1):
@@ -87,7 +90,10 @@ class MetaspaceTokenizer(Tokenizer):
         return [*words, text[start:]]
 
     def _start(self, word: str) -> list[int]:
-        """Gives each character its id, or else the ids of its bytes, or else unk."""
+        """Gives each character its id, or else the ids of its bytes, or else unk.
+
+        As in the library, an unk that waits for others stands behind bytes that follow it.
+        """
         ids, waiting = [], False                  # waiting: an unk that others may join
         for char in word:
             if char in self._vocab:
@@ -110,7 +116,6 @@ class MetaspaceTokenizer(Tokenizer):
         """
         end = len(ids)
         before, after = list(range(-1, end - 1)), list(range(1, end + 1))
-        heap = []
 
         def pair_at(at: int) -> tuple[int, int, int] | None:
             """Finds the merge of the token at `at` with the next -> its place, `at`, the union."""
@@ -122,7 +127,7 @@ class MetaspaceTokenizer(Tokenizer):
         while heap:
             pair = heappop(heap)
             place, at, union = pair
-            if ids[at] is None or pair_at(at) != pair:       # one of the two is joined already
+            if pair_at(at) != pair:             # one of the two is joined already
                 continue
             gone = after[at]
             ids[at], ids[gone], after[at] = union, None, after[gone]
@@ -167,7 +172,7 @@ def find_llama_prefix(folder: Path) -> str | None:
     if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or (
             config.get("model_type") == "mistral"):
         return None
-    if not settings.get("add_prefix_space") and settings.get("add_prefix_space") is not None:
+    if settings.get("add_prefix_space") not in (None, True):
         return "never"
     return "always" if settings.get("legacy") and name == "LlamaTokenizer" else "first"
 
@@ -220,7 +225,7 @@ def find_spaces(path: Path, spec: dict) -> tuple[str, bool]:
     """
     normalizers = list_steps(spec.get("normalizer"), "normalizers")
     steps = normalizers + list_steps(spec.get("pre_tokenizer"), "pretokenizers")
-    prefix, split, kinds = "never", False, []
+    prefix, split, kinds, known = "never", False, [], True
     for step in steps:
         kinds.append(step["type"])
         if step == {"type": "Prepend", "prepend": SPACE}:
@@ -235,9 +240,9 @@ def find_spaces(path: Path, spec: dict) -> tuple[str, bool]:
         elif step["type"] == "Split" and step["pattern"] == {"String": " "} and "Replace" in kinds:
             pass                                     # Gemma: no space is left to split at
         elif step != {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
-            kinds.clear()
-            break
-    if len(set(kinds)) < len(steps) or not {"Replace", "Metaspace"} & {*kinds}:
+            known = False
+    twice = len(set(kinds)) < len(kinds)
+    if not known or twice or not {"Replace", "Metaspace"} & {*kinds}:
         part = {name: spec.get(name) for name in ("normalizer", "pre_tokenizer")}
         raise UserError(f"{path}: {json.dumps(part)[:300]} is not supported")
     return prefix, split

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from formats.bpe import MOST_REPEATS, count_repeats
 from formats.checkpoint import find_folder, linear_names
 from formats.huggingface import DTYPES, FAMILIES, Stored, few_names, is_conv1d, map_names, stored_in
 from formats.json_files import read_json
@@ -24,9 +25,9 @@ from support.errors import UserError, refuse_not_finite
 CONFIG, TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 READ = {"peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora",
         "use_rslora", "bias", "init_lora_weights", "init_r", "target_modules", "exclude_modules",
-        "modules_to_save"}
+        "layers_to_transform", "modules_to_save"}
 # Keys that need not be read: the tensors say the same, or the key only led to them.
-HARMLESS = {"layers_to_transform", "layers_pattern", "fan_in_fan_out", "task_type",
+HARMLESS = {"layers_pattern", "fan_in_fan_out", "task_type",
             "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
             "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
             "runtime_config", "qalora_group_size", "ensure_weight_tying", "ephemeral_gpu_offload",
@@ -86,18 +87,20 @@ class PeftConfig:
     def matches(self, pattern: str, text: str, option: str) -> bool:
         """Says whether a regular expression matches all of a text, as in PEFT, which uses `re`.
 
-        `regex` knows a timeout, but unrolls counted repeats. Raises UserError if the expression is
-        none, repeats too often, or all of them have taken too long.
+        `regex` has a timeout, which `re` lacks. It unrolls counted repeats when it compiles, so
+        these are limited. Raises UserError if the expression is none, repeats too often, or all of
+        them have taken too long.
         """
         try:
             re.compile(pattern)
-            if math.prod(map(int, re.findall(r"(\d+)\}", pattern))) > 10_000:
+            if count_repeats(pattern) > MOST_REPEATS:
                 raise OverflowError("repeats too often")
             began = time.monotonic()
             found = regex.fullmatch(pattern, text, timeout=max(self.seconds, 0.001))
             self.seconds -= time.monotonic() - began
             return found is not None
-        except (re.error, regex.error, TimeoutError, RecursionError, OverflowError) as error:
+        except (re.error, regex.error, TimeoutError, RecursionError, OverflowError,
+                ValueError) as error:
             reason = "takes too long" if isinstance(error, TimeoutError) else error
             raise UserError(f"{self.path}: {option}: regular expression {pattern!r:.80}: {reason}"
                             ) from None
@@ -118,10 +121,16 @@ class PeftConfig:
 
     def check_module(self, module: str, r: int) -> None:
         """Raises UserError if PEFT would make no adapter for the module, or one of other rank."""
-        if self.raw.get("target_modules") and not self.names("target_modules", module) or (
-                self.names("exclude_modules", module)):
-            raise UserError(f"{self.path}: PEFT would ignore the tensors of {module}, which is not "
-                            "among the target_modules")
+        where = f"{self.path}: PEFT would ignore the tensors of {module}, which is"
+        if self.raw.get("target_modules") and not self.names("target_modules", module):
+            raise UserError(f"{where} not among the target_modules")
+        if self.names("exclude_modules", module):
+            raise UserError(f"{where} among the exclude_modules")
+        layers = self.raw.get("layers_to_transform")
+        layers = layers if isinstance(layers, list) else [layers]
+        number = int(re.search(r"\.(\d+)\.", f".{module}")[1])
+        if layers not in ([], [None]) and number not in layers:
+            raise UserError(f"{where} not among the layers_to_transform")
         rank = r if self.is_adalora else self.number_of(module, "r", 8, "rank_pattern")
         if r != rank:
             raise UserError(f"{self.path}: PEFT would refuse the tensors of {module}: their rank is"

@@ -1,13 +1,14 @@
-"""Reads from config.json how rotary positions are stretched to longer texts, and computes it.
+"""Reads how a config.json stretches rotary positions to longer texts, and does so.
 
 Plain RoPE turns pair i of a head's D coordinates by theta^(-2i/D) per token (model.py). A model
 for longer texts than those it was pretrained on turns some pairs more slowly. rope_type says how:
     linear    every speed / factor (Chen et al. 2023, arXiv 2306.15595)
     llama3    slow pairs / factor, fast ones as before (apply_scaling in meta-llama/llama-models)
-    yarn      the same within other bounds, and q and k longer (Peng et al. 2023, 2309.00071)
+    yarn      as llama3 with other bounds, and q and k are multiplied by attention_factor (Peng et
+              al. 2023, 2309.00071)
     dynamic   plain up to max_position_embeddings, slower in longer texts
-    longrope  pair i / short_factor[i], and q and k longer (Ding et al. 2024, 2402.13753); texts
-              beyond original_max_position_embeddings take long_factor instead
+    longrope  pair i / short_factor[i], and q and k as in yarn (Ding et al. 2024, 2402.13753);
+              texts beyond original_max_position_embeddings take long_factor instead
 The last two depend on the text's length. Here positions end where they would begin to change.
 The formulas and defaults are those of transformers 5 (modeling_rope_utils.py).
 """
@@ -26,7 +27,7 @@ TYPES = {                                       # rope_type: its options
     "yarn": ["factor", OLD, "attention_factor", "beta_fast", "beta_slow", "truncate"],
     "longrope": ["factor", OLD, "attention_factor", "short_factor", "long_factor"],
 }
-# An option of another type has no effect, and neither has "finetuned".
+# An option that belongs to another rope_type is ignored, and so is "finetuned".
 KNOWN = {"rope_theta", "mscale", "mscale_all_dim", "finetuned", *sum(TYPES.values(), [])}
 
 
@@ -52,7 +53,8 @@ def parse_rope(raw: dict, head_dim: int) -> tuple[float, dict | None]:
     if kind == "default":
         return float(theta), None
     rope = {OLD: raw["max_position_embeddings"]} | rope
-    rope |= {key: raw[key] for key in (OLD,) if key in raw}
+    if OLD in raw:
+        rope[OLD] = raw[OLD]
     if kind in ("yarn", "longrope"):
         fill_in(rope, kind, theta, raw["max_position_embeddings"])
     scaling = {"rope_type": kind}

@@ -5,7 +5,7 @@ marks of a chat. They are matched as they stand, before the text between them is
 Several files may name them, and may disagree. build_tokenizer() says which file counts.
 """
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Callable, Collection, Iterable
 
 import regex
 
@@ -106,7 +106,7 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
 
 
 def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
-                  named: Iterable[str]) -> tuple[dict[str, int], set[int]]:
+                  named: Collection[str]) -> tuple[dict[str, int], set[int]]:
     """Collects the added tokens of all files: text -> id, and the ids of the special ones.
 
     Takes the `named` tokens that are in the vocabulary, those of added_tokens.json, those `listed`
@@ -114,7 +114,7 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
     earlier one of the same text. All are special but those of added_tokens.json, and those that a
     file says not to be.
     """
-    file, special = path.with_name("added_tokens.json"), set(named)
+    file, special = path.with_name("added_tokens.json"), {}
     sources = {file: [{"content": text, "id": i, "special": False}
                       for text, i in read_json_if_there(file).items()]}
     sources[path] = listed
@@ -134,8 +134,8 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
                     raise UserError(f"{file}: the content of an added token is {text!r}, no text")
                 if text:
                     added[text] = check_id(file, text, i)
-                    special |= {text} if token.get("special", True) else set()
-    return added, {i for text, i in added.items() if text in special}
+                    special[text] = token.get("special", True)
+    return added, {i for text, i in added.items() if text in named or special[text]}
 
 
 def check_ids(path: Path, vocab: dict[str, int]) -> None:
@@ -168,8 +168,9 @@ def read_ids(folder: Path) -> dict:
             found["vocab_size"] = check_id(folder / "config.json", "vocab_size",
                                            config["vocab_size"])
     for path in (folder / "generation_config.json", folder / "config.json"):
+        raw = read_json_if_there(path)
         for role in ROLES:
-            value = read_json_if_there(path).get(f"{role}_token_id")
+            value = raw.get(f"{role}_token_id")
             value = value[0] if isinstance(value, list) and value else value
             if type(value) is int and value >= 0:
                 found[role] = check_id(path, f"{role}_token_id", value)

@@ -1,4 +1,4 @@
-"""Opens files that have an end, writes files whole or not at all, and reads pickles as data."""
+"""Opens regular files, writes files whole or not at all, and reads pickles as data."""
 import argparse
 import os
 import pickle
@@ -45,8 +45,8 @@ def open_regular(path: str | Path) -> BinaryIO:
 def writing(path: str | Path) -> Iterator[None]:
     """Turns a failure to write inside the block into a UserError that names the path.
 
-    torch.save raises a RuntimeError that does not tell why. Given an open file, and not its path,
-    it raises that in the wake of the OSError that tells.
+    torch.save raises a RuntimeError without the reason. If it writes to an open file, the error's
+    __context__ is the OSError with the reason.
     """
     try:
         yield

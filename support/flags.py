@@ -182,7 +182,7 @@ def default_lr(method: str, model: str) -> float:
 def adapt(model, args: Namespace) -> list:
     """Puts the adapters that the flags ask for into the model.
 
-    Returns what they begin as, for config.json: model.injected, and a fingerprint.
+    Returns model.injected and a fingerprint of the adapters, for config.json.
     """
     method = METHODS[args.method]
     options = {name: value for name in method.options

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 import train
 from data import load_task
-from data.rows import HOW, read_examples
+from data.rows import BY_TEMPLATE, read_examples
 from data.task import encode
 from formats.tokenizer import load_tokenizer
 from support.errors import UserError
@@ -86,7 +86,7 @@ def test_a_chat_is_written_as_transformers_writes_it(tmp_path, write, name, plac
     whole = theirs.apply_chat_template(CHAT, tokenize=False)
     assert whole.startswith(example.prompt + example.target)
     assert whole[len(example.prompt + example.target):] in ("", "<|endoftext|>\n")
-    assert "Bye" in example.target and notes["chat"] == HOW[0]
+    assert "Bye" in example.target and notes["chat"] == BY_TEMPLATE
     tokens = encode(example, tokenizer, 999).tokens
     assert tokens.count(tokenizer.bos) == 1 and tokens[-1] == tokenizer.eos
     if name == "chatml":        # all turns end with eos, and so does the target: once
@@ -98,6 +98,16 @@ def test_a_turn_that_the_template_asks_for_in_other_words_keeps_its_own(tmp_path
                          "{% if add_generation_prompt %} Think: {% endif %}")
     assert examples_of(write([{"messages": CHAT}]), load_tokenizer(folder)) == [
         ("And <b>now</b>? Think: ", "Bye, see you")]
+
+
+def test_an_empty_template_is_none_and_a_pad_beyond_the_vocabulary_is_no_fault(tmp_path, write):
+    rows = write([{"messages": CHAT}])
+    _, notes = read_examples(rows, load_tokenizer(chat_folder(tmp_path, chat_template="")))
+    assert "no chat template" in notes["chat"]
+    folder = write_json(chat_folder(tmp_path, chat_template=TEMPLATES["chatml"]),
+                        config={"pad_token_id": 9999})
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad == 9999 and len(examples_of(rows, tokenizer)) == 1
 
 
 def test_without_a_template_each_turn_is_a_paragraph(base, write):
@@ -125,7 +135,7 @@ def test_a_template_that_fails_is_one_line(tmp_path, write, template, said, monk
     {"messages": []}, {"messages": "Hi"}, {"messages": [{"role": "user"}]},
     {"messages": CHAT[:2]}, {"messages": [*CHAT[:1], {"role": "assistant", "content": " "}]},
     {"messages": [{"role": "assistant", "content": ["Hi"]}]},
-    {"instruction": 3, "output": "x"}, {"instruction": "x"}, {"prompt": "x"}, 3, None, ["x"]])
+    {"instruction": 3, "output": "x"}, {"instruction": "x", "output": []}, {"instruction": "x"}, {"prompt": "x"}, 3, None, ["x"]])
 @pytest.mark.parametrize("array", [False, True])
 def test_a_row_of_no_form_is_named(base, write, row, array):
     path = write([{"prompt": "a", "target": "b"}, row], array)

@@ -192,6 +192,8 @@ def test_trained_copies_are_refused_since_peft_loads_them(name, saved, tmp_path)
     ({}, dict(target_modules=["q_proj"]), "PEFT would ignore the tensors of .*v_proj"),
     ({}, dict(target_modules=r".*\.[01]\..*q_proj"), "PEFT would ignore the tensors of .*v_proj"),
     ({}, dict(exclude_modules=["layers.1.self_attn.q_proj"]), "layers.1.self_attn.q_proj"),
+    ({}, dict(layers_to_transform=[0]), r"layers\.1\..*layers_to_transform"),
+    ({}, dict(layers_to_transform=1), r"layers\.0\..*layers_to_transform"),
     ({}, dict(target_modules=[3]), "target_modules must be a list of names")])
 def test_what_peft_ignores_or_refuses_is_refused(tensors, config, said, saved, tmp_path):
     folder = changed(saved("lora"), tmp_path / "x", lambda found: found | tensors, **config)
@@ -215,6 +217,7 @@ def test_patterns_match_as_in_peft(config, saved, tmp_path):
 
 @pytest.mark.parametrize("pattern", [
     "(", "*", "[a-z", "(?P<x>a)(?P<x>b)", "(" * 5000, "((a{999}){999}){999}", "a{100000000}",
+    "x{0}((a{1000}){1000}){1000}", "((a{2000,}){2000,}){2000,}", "a{" + "9" * 5000 + "}",
     pytest.param(r"(?:\w|\.|[a-z]|[^!])+(?<=!)", marks=pytest.mark.slow)])
 def test_a_pattern_that_is_none_or_takes_too_long_is_one_line_within_seconds(pattern, saved,
                                                                             tmp_path):

@@ -54,6 +54,7 @@ BAD_FILES = {                                         # the first file is the on
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]}),
     "a pattern of 20,000 characters": split_at("a|b|" * 5000 + "c"),
     "a repeat of a repeat": split_at("(a{1000}){1000}"),
+    "repeats without an end": split_at("x{0}((a{1000,}){1000,}){1000,}"),
     "a count of 9,000 digits": split_at(f"a{{{'9' * 9000}}}"),
     "a count above all memory": split_at("a{3,4000000000}"),
     "a nested pattern": split_at("(" * 4000 + "a" + ")" * 4000),
