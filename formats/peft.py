@@ -181,8 +181,11 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
         ours = modules[module]
         sizes = [len(model.get_submodule(layer).weight) for layer in ours]
         A, B, magnitude = fitting(found, sum(sizes), model.get_submodule(ours[0]).in_features)
-        if A is None or (magnitude is None) != (config.method != "dora"):
-            raise UserError(f"{folder}: the tensors of {module} do not fit its config or the model")
+        if A is None:
+            raise UserError(f"{folder}: the tensors of {module} do not fit the model")
+        if (magnitude is None) != (config.method != "dora"):
+            raise UserError(f"{config.path}: use_dora does not fit the tensors of {module}, which "
+                            f"have {'no' if magnitude is None else 'a'} lora_magnitude_vector")
         config.check_module(name, len(A))
         scale, split = config.scale(name, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)

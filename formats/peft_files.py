@@ -109,7 +109,7 @@ class PeftConfig:
         """Says whether target_modules or exclude_modules names the module: a list, or a pattern."""
         value = self.raw.get(option)
         if isinstance(value, str):
-            return value.lower() == "all-linear" or self.matches(value, module, option)
+            return self.matches(value, module, option)
         return ends_in(module, self.words(option))
 
     def words(self, option: str) -> list[str]:
@@ -122,14 +122,19 @@ class PeftConfig:
     def check_module(self, module: str, r: int) -> None:
         """Raises UserError if PEFT would make no adapter for the module, or one of other rank."""
         where = f"{self.path}: PEFT would ignore the tensors of {module}, which is"
-        if self.raw.get("target_modules") and not self.names("target_modules", module):
-            raise UserError(f"{where} not among the target_modules")
+        targets, layers = self.raw.get("target_modules"), self.raw.get("layers_to_transform")
         if self.names("exclude_modules", module):
             raise UserError(f"{where} among the exclude_modules")
-        layers = self.raw.get("layers_to_transform")
+        if any(f".{name}." in f".{module}." for name in self.words("modules_to_save")):
+            raise UserError(f"{where} among the modules_to_save")
+        if targets is None:
+            raise UserError(f"{self.path}: target_modules must name the adapted modules")
+        if not (isinstance(targets, str) and targets.lower() == "all-linear") and (
+                not self.names("target_modules", module)):
+            raise UserError(f"{where} not among the target_modules")
         layers = layers if isinstance(layers, list) else [layers]
         number = int(re.search(r"\.(\d+)\.", f".{module}")[1])
-        if layers not in ([], [None]) and number not in layers:
+        if module not in targets and layers not in ([], [None]) and number not in layers:
             raise UserError(f"{where} not among the layers_to_transform")
         rank = r if self.is_adalora else self.number_of(module, "r", 8, "rank_pattern")
         if r != rank:
@@ -166,8 +171,8 @@ def read_peft_config(folder: Path) -> PeftConfig:
     if raw.get("bias", "none") != "none":
         raise UserError(f"{path}: bias {shown(raw['bias'])}: no method here trains a bias")
     if raw.get("init_lora_weights") not in (None, True, False, "gaussian", "orthogonal", "eva"):
-        raise UserError(f"{path}: init_lora_weights {shown(raw['init_lora_weights'])} changes the "
-                        "base model; PEFT can convert it to a plain LoRA")
+        raise UserError(f"{path}: init_lora_weights {shown(raw['init_lora_weights'])} may change "
+                        "the base model; PEFT can convert it to a plain LoRA")
     return PeftConfig(path, raw)
 
 

@@ -187,7 +187,8 @@ def adapt(model, args: Namespace) -> list:
     method = METHODS[args.method]
     options = {name: value for name in method.options
                if (value := getattr(args, name)) is not None}
-    if args.from_peft is not None and args.resume and not Path(args.from_peft).exists():
+    if args.from_peft is not None and args.resume and not (
+            Path(args.from_peft) / "adapter_config.json").exists():
         return adapt_again(model, args, options)
     if args.from_peft is not None:
         import_peft(model, args.from_peft, **options)

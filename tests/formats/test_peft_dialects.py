@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import convert
 from formats.checkpoint import load_pretrained
 from formats.peft import export_peft, import_peft
+from formats.peft_files import PeftConfig
 from methods import adapters, inject, load, save
 from support.errors import UserError
 
@@ -192,6 +193,8 @@ def test_trained_copies_are_refused_since_peft_loads_them(name, saved, tmp_path)
     ({}, dict(target_modules=["q_proj"]), "PEFT would ignore the tensors of .*v_proj"),
     ({}, dict(target_modules=r".*\.[01]\..*q_proj"), "PEFT would ignore the tensors of .*v_proj"),
     ({}, dict(exclude_modules=["layers.1.self_attn.q_proj"]), "layers.1.self_attn.q_proj"),
+    ({}, dict(target_modules=None), "target_modules must name the adapted modules"),
+    ({}, dict(use_dora=True), "use_dora does not fit .*no lora_magnitude_vector"),
     ({}, dict(layers_to_transform=[0]), r"layers\.1\..*layers_to_transform"),
     ({}, dict(layers_to_transform=1), r"layers\.0\..*layers_to_transform"),
     ({}, dict(target_modules=[3]), "target_modules must be a list of names")])
@@ -199,6 +202,20 @@ def test_what_peft_ignores_or_refuses_is_refused(tensors, config, said, saved, t
     folder = changed(saved("lora"), tmp_path / "x", lambda found: found | tensors, **config)
     with pytest.raises(UserError, match=said):
         import_peft(fresh(LLAMA), folder)
+
+
+def test_a_module_is_adapted_where_peft_adapts_it(tmp_path):
+    """An exact name counts whatever the layers are. A module to save is never adapted."""
+    raw = dict(peft_type="LORA", r=4, layers_to_transform=[1],
+               target_modules=["model.layers.0.self_attn.q_proj", "v_proj"])
+    config = PeftConfig(tmp_path, raw)
+    for module in ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"):
+        config.check_module(module, 4)
+    with pytest.raises(UserError, match="layers_to_transform"):
+        config.check_module("model.layers.0.self_attn.v_proj", 4)
+    raw["modules_to_save"] = ["self_attn"]
+    with pytest.raises(UserError, match="modules_to_save"):
+        config.check_module("model.layers.1.self_attn.v_proj", 4)
 
 
 # ---- patterns

@@ -190,7 +190,7 @@ def test_the_parts_of_a_fused_layer_train_on(tmp_path):
     (dict(lora_alpha=float("nan")), "lora_alpha"),
     (dict(lora_dropout=-1), "lora_dropout"),
     (dict(alpha_pattern=[1]), "alpha_pattern"),
-    (dict(use_dora=True), "do not fit"),
+    (dict(use_dora=True), "use_dora does not fit"),
 ])
 def test_what_cannot_be_mapped_is_refused_by_name(change, said, tmp_path):
     family, _ = their_adapters("plain", tmp_path)
