@@ -225,13 +225,14 @@ def cap_positions(raw: dict, config: Config) -> None:
     the pretraining. config.beyond keeps what config.json says, for save_pretrained.
     Raises UserError if the window is absurd, or layers attend in a third way.
     """
-    ends = [config.max_positions]
+    ends, window = [config.max_positions], False
     if config.model_type != "llama":
         raw = {"sliding_window": 4096} | raw
-        ends += [raw["sliding_window"]] * slides(raw, config)
+        window = slides(raw, config)
+        ends += [raw["sliding_window"]] * window
     if config.rope_scaling and config.rope_scaling["rope_type"] == "longrope":
         ends.append(config.rope_scaling[OLD])
-    if min(ends) < config.max_positions:
+    if window or min(ends) < config.max_positions:
         config.max_positions = min(ends)
         config.beyond = {key: raw[key] for key in (
             "max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
@@ -262,13 +263,14 @@ def slides(raw: dict, config: Config) -> bool:
 def describe_cap(config: Config) -> str | None:
     """Says where positions end before the model would change; None if they do not."""
     kind = (config.rope_scaling or {}).get("rope_type")
-    if not config.beyond and kind != "dynamic":
+    allowed = config.beyond.get("max_position_embeddings", config.max_positions)
+    capped = config.max_positions < allowed
+    if not capped and kind != "dynamic":
         return None
     window = config.beyond.get("sliding_window") == config.max_positions
-    allowed = config.beyond.get("max_position_embeddings")
     return (f"positions capped at {config.max_positions}, where "
             f"{'a sliding window' if window else f'rope of type {kind}'} sets in"
-            + f" (config.json allows {allowed})" * bool(config.beyond))
+            + f" (config.json allows {allowed})" * capped)
 
 
 def make_config_json(config: Config, dtype: torch.dtype) -> dict:

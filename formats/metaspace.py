@@ -172,7 +172,8 @@ def find_llama_prefix(folder: Path) -> str | None:
     if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or (
             config.get("model_type") == "mistral"):
         return None
-    if settings.get("add_prefix_space") not in (None, True):
+    wanted = settings.get("add_prefix_space")
+    if wanted is not None and not wanted:
         return "never"
     return "always" if settings.get("legacy") and name == "LlamaTokenizer" else "first"
 

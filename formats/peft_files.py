@@ -1,12 +1,13 @@
 """Reads the two files of PEFT's adapters: adapter_config.json, and the tensors.
 
-Whatever PEFT would apply is read. It skips tensors whose names it does not expect, in silence. Here
-such a tensor is an error, which says why.
+PEFT skips tensors whose names it does not expect, in silence. Here such a tensor is an error, which
+says why.
 """
 import math
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class PeftConfig:
     """Holds the contents of an adapter_config.json. Each method names the file in its errors."""
     path: Path
     raw: dict
-    seconds: float = 2.0                # left to match regular expressions in
+    seconds: float = 8.0                # how long regular expressions may still take
 
     @property
     def method(self) -> str:
@@ -87,16 +88,12 @@ class PeftConfig:
     def matches(self, pattern: str, text: str, option: str) -> bool:
         """Says whether a regular expression matches all of a text, as in PEFT, which uses `re`.
 
-        `regex` has a timeout, which `re` lacks. It unrolls counted repeats when it compiles, so
-        these are limited. Raises UserError if the expression is none, repeats too often, or all of
-        them have taken too long.
+        Raises UserError if the expression is wrong, or takes more than 2 seconds for this text, or
+        all expressions more than 8.
         """
         try:
-            re.compile(pattern)
-            if count_repeats(pattern) > MOST_REPEATS:
-                raise OverflowError("repeats too often")
             began = time.monotonic()
-            found = regex.fullmatch(pattern, text, timeout=max(self.seconds, 0.001))
+            found = compiled(pattern).fullmatch(text, timeout=max(0.001, min(2, self.seconds)))
             self.seconds -= time.monotonic() - began
             return found is not None
         except (re.error, regex.error, TimeoutError, RecursionError, OverflowError,
@@ -136,7 +133,10 @@ class PeftConfig:
         number = int(re.search(r"\.(\d+)\.", f".{module}")[1])
         if module not in targets and layers not in ([], [None]) and number not in layers:
             raise UserError(f"{where} not among the layers_to_transform")
-        rank = r if self.is_adalora else self.number_of(module, "r", 8, "rank_pattern")
+        if self.is_adalora:                     # its rank_pattern tells what was pruned
+            rank = r if self.raw.get("rank_pattern") else self.number("init_r", 12)
+        else:
+            rank = self.number_of(module, "r", 8, "rank_pattern")
         if r != rank:
             raise UserError(f"{self.path}: PEFT would refuse the tensors of {module}: their rank is"
                             f" {r}, the config's {rank}")
@@ -148,6 +148,19 @@ class PeftConfig:
             return (alpha or r) / (r + 1e-5)
         alpha = self.number_of(module, "lora_alpha", 8, "alpha_pattern")
         return alpha / (math.sqrt(r) if self.raw.get("use_rslora") else r)
+
+
+@cache
+def compiled(pattern: str) -> regex.Pattern:
+    """Compiles a regular expression that `re` knows.
+
+    `regex` has a timeout, which `re` lacks. It unrolls counted repeats when it compiles, so these
+    are limited.
+    """
+    re.compile(pattern)
+    if count_repeats(pattern) > MOST_REPEATS:
+        raise OverflowError("repeats too often")
+    return regex.compile(pattern)
 
 
 def find_adapters(folder_or_repo: str | Path) -> Path:

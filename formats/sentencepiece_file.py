@@ -1,6 +1,7 @@
 """Reads a sentencepiece model: LLaMA-1, LLaMA-2, Mistral. Mostly sentencepiece itself runs it."""
 from functools import partial
 from pathlib import Path
+from typing import Iterator
 
 from formats.json_files import read_bytes
 from formats.metaspace import find_llama_prefix, load_pieces
@@ -42,9 +43,47 @@ def load_sentencepiece(path: Path, listed: list[dict]) -> Tokenizer:
     controls = [{"content": piece, "id": i} for piece, i in vocab.items()
                 if model.is_control(i) or model.is_unknown(i)]
     if prefix := find_llama_prefix(path.parent):
+        controls += [{"content": piece, "id": vocab[piece], "special": False}
+                     for piece in user_defined(model.serialized_model_proto())]
         pairs = [(piece[:at], piece[at:]) for piece in vocab for at in range(1, len(piece))
                  if piece[:at] in vocab and piece[at:] in vocab]
         return load_pieces(path, vocab, pairs, controls + listed, prefix)
     roles = {"bos": model.bos_id(), "eos": model.eos_id(), "pad": model.pad_id()}
     return build_tokenizer(partial(SentencePieceTokenizer, processor=model), path, vocab,
                            controls + listed, {role: i for role, i in roles.items() if i >= 0})
+
+
+def user_defined(model: bytes) -> list[str]:
+    """Lists the user-defined pieces of a model, which sentencepiece's own interface does not tell.
+
+    A model is a protobuf (sentencepiece_model.proto): field 1 holds a piece; of a piece field 1 is
+    the text and field 3 its type, 4 for user-defined.
+    """
+    pieces = [dict(read_fields(value)) for number, value in read_fields(model) if number == 1]
+    return [piece[1].decode() for piece in pieces if piece.get(3) == 4]
+
+
+def read_fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yields the fields of a protobuf message: number, and an integer or bytes.
+
+    A key is 8 * number + kind: 0 an integer, 1 and 5 eight and four bytes, 2 a length and bytes.
+    """
+    at = 0
+
+    def integer() -> int:                       # 7 bits a byte, the lowest first
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 127) << shift, shift + 7, at + 1
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        number, kind = divmod(integer(), 8)
+        if kind == 0:
+            yield number, integer()
+            continue
+        size = {1: 8, 5: 4}.get(kind) or integer()
+        yield number, data[at:at + size]
+        at += size

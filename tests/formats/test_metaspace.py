@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_tokenizers import (CORPUS, SNIPPETS, agree, ids_of, llama_json, llama_pieces, quick,
-                              texts, write_json)
+                              texts, trained_sentencepiece, write_json)
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -83,6 +83,17 @@ def test_the_class_may_stand_in_config_json_and_be_code_llama_s(tmp_path, config
     mine, reference = both(tmp_path)
     for text in TEXTS:
         agree(mine, reference, text)
+
+
+def test_user_defined_pieces_of_a_model_are_tokens_of_their_own(tmp_path):
+    write_json(tmp_path, config={"model_type": "llama"},
+               tokenizer_config={"tokenizer_class": "LlamaTokenizer"})
+    (tmp_path / "tokenizer.model").write_bytes(trained_sentencepiece(
+        user_defined_symbols="<sym>,zz"))
+    mine, reference = both(tmp_path)
+    for text in ("<sym><sym>", "the <sym>mayor zzz", "<sym>", " a<sym> b"):
+        agree(mine, reference, text)
+    assert mine.encode("<sym>") == [mine.added["<sym>"]]
 
 
 def test_a_mistral_goes_by_tokenizer_json_whatever_class_is_named(tmp_path):
