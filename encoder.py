@@ -46,6 +46,8 @@ class EncoderConfig:
     model_type: str = "roberta"         # the family: bert, roberta, deberta or deberta-v2 (v3 too)
     norm_eps: float = 1e-5
     pad: int = 1                        # the token that fills up a batch
+    bos: int | None = None
+    eos: list[int] = field(default_factory=list)
     n_types: int = 0                    # rows of the table of sentence types, 0: no table
     has_positions: bool = True          # adds a position's vector to its word's
     dropout: float = 0.1                # share of numbers set to 0 in training, after each layer

@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from formats.checkpoint import linear_names
-from formats.huggingface import few_names
 from formats.peft_files import find_adapters, read_peft_config, read_tensors
+from formats.tensors import few_names
 from methods import adapters, inject, targets_for
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from formats.bpe import MOST_REPEATS, count_repeats
 from formats.checkpoint import find_folder, linear_names
-from formats.huggingface import DTYPES, FAMILIES, Stored, few_names, is_conv1d, map_names, stored_in
+from formats.huggingface import FAMILIES, is_conv1d, map_names
 from formats.json_files import read_json
+from formats.tensors import DTYPES, Stored, few_names, stored_in
 from methods import ends_in
 from support.errors import UserError, refuse_not_finite
 
