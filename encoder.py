@@ -79,7 +79,8 @@ def table_rows(config: EncoderConfig, T: int) -> Tensor:
     r, span = torch.arange(1 - T, T), config.reach
     if config.buckets:
         span, mid = config.buckets, config.buckets // 2
-        far = torch.log(r.abs().clamp(min=mid) / mid) / math.log((config.reach - 1) / mid)
+        far = torch.log(r.abs().clamp(min=mid) / mid)
+        far = far / torch.log(torch.tensor((config.reach - 1) / mid))   # exactly 1 at reach - 1
         far = torch.ceil(far * (mid - 1)).long() + mid
         r = torch.where(r.abs() <= mid, r, r.sign() * far)
     return (r + span).clamp(0, 2 * span - 1)
