@@ -92,7 +92,7 @@ def skewed(x: Tensor) -> Tensor:
     One row down is one column to the left, so a stride of 2 T - 2 between rows does it.
     """
     B, H, T, width = x.shape
-    return x.as_strided((B, H, T, T), (H * T * width, T * width, width - 1, 1), T - 1)
+    return x.as_strided((B, H, T, T), (*x.stride()[:2], width - 1, 1), x.storage_offset() + T - 1)
 
 
 class Attention(nn.Module):
@@ -123,7 +123,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         else:
             scores = self.scores(q, k, *distances)                              # (B, H, T, T)
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             y = F.dropout(scores.softmax(-1), p) @ v
         return self.o(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
@@ -142,10 +142,10 @@ class Attention(nn.Module):
             rows = F.dropout(rows, self.config.dropout, self.training)
         if "c2p" in terms:
             K_r = self.heads((self.pos_k or self.k)(rows)[row_of.flip(0)])      # (H, 2 T - 1, D)
-            scores = scores + skewed(q @ K_r.transpose(-1, -2))
+            scores += skewed(torch.einsum("bhid,hrd->bhir", q, K_r))
         if "p2c" in terms:
             Q_r = self.heads((self.pos_q or self.q)(rows)[row_of]) / scale
-            scores = scores + skewed(k @ Q_r.transpose(-1, -2)).transpose(-1, -2)
+            scores += skewed(torch.einsum("bhjd,hrd->bhjr", k, Q_r)).transpose(-1, -2)
         return scores
 
 
