@@ -258,7 +258,7 @@ class Encoder(nn.Module):
         kept = self.head and self.head.dense
         config.n_labels, config.labels = n_labels, []
         config.has_mlm, config.has_pooler = False, True
-        self.mlm_head, self.head = None, LabelHead(config).to(device, dtype)
+        self.mlm_head, self.head = None, LabelHead(config).to(device, dtype).train(self.training)
         for layer in (self.head.dense, self.head.out):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

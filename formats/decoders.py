@@ -34,6 +34,7 @@ LLAMA = {
     "model.layers.{}.mlp.down_proj": ["layers.{}.mlp.down"],
     "model.norm": ["norm"],
     "lm_head": ["head"],
+    "score": ["score"],                                                     # labels of texts
 }
 GPT2 = {
     "transformer.wte": ["embed"],
@@ -46,7 +47,9 @@ GPT2 = {
     "transformer.h.{}.mlp.c_proj": ["layers.{}.mlp.down"],
     "transformer.ln_f": ["norm"],
     "lm_head": ["head"],
+    "score": ["score"],
 }
+HEADS = ("lm_head.", "score.")
 # Three kinds of tensors need work:
 # - c_attn is one layer that computes q, k and v. Its outputs are split among our three Linears.
 # - OpenAI's GPT-2 kept its weights (in, out), and transformers' Conv1D still does. We transpose.
@@ -79,10 +82,15 @@ class Family:
     """Lists what differs between the files of two model types."""
     architecture: str                   # transformers' class
     prefix: str                         # files of a model saved without its head lack it
+    outside: tuple[str, ...]            # how names begin that never have it
     names: dict[str, list[str]]         # a tensor's name there -> its names here
     keys: dict[str, str]                # Config field -> key of config.json
     defaults: dict                      # key -> the value that transformers assumes without it
     fixed: dict                         # key -> the value that transformers' code always takes
+
+    def full_name(self, name: str) -> str:
+        """Puts the prefix before a tensor's name if it lacks it."""
+        return name if name.startswith((self.prefix, *self.outside)) else self.prefix + name
 
 
 def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
@@ -90,11 +98,11 @@ def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
     common = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
               "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
               "eos_token_id": None, "pad_token_id": None}
-    return Family(architecture, "model.", LLAMA, LLAMA_KEYS, common | defaults, fixed)
+    return Family(architecture, "model.", HEADS, LLAMA, LLAMA_KEYS, common | defaults, fixed)
 
 
 FAMILIES = {                            # by config.json's model_type
-    "gpt2": Family("GPT2LMHeadModel", "transformer.", GPT2, GPT2_KEYS, {
+    "gpt2": Family("GPT2LMHeadModel", "transformer.", HEADS, GPT2, GPT2_KEYS, {
         "n_positions": 1024, "n_inner": None, "layer_norm_epsilon": 1e-5, "pad_token_id": None,
         "bos_token_id": 50256, "eos_token_id": 50256, "tie_word_embeddings": True},
         {"head_dim": None, "attention_bias": True, "mlp_bias": True}),
@@ -256,8 +264,7 @@ def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
     """
     tensors, family = {}, FAMILIES[config.model_type]
     for tensor in all_stored(folder):
-        headless = not tensor.name.startswith((family.prefix, "lm_head."))
-        full = family.prefix * headless + tensor.name
+        full = family.full_name(tensor.name)
         if full in tensors:
             raise UserError(f"{tensor.path}: {tensor.name} is there twice")
         if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:

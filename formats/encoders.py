@@ -76,11 +76,7 @@ HEADS = {
     "deberta": DEBERTA_HEADS,
     "deberta-v2": DEBERTA_HEADS,
 }
-# What stands for a head's name in a file, and needs no prefix.
-WITHOUT_PREFIX = {"bert": ("cls.", "classifier."), "roberta": ("lm_head.", "classifier."),
-                  "deberta": ("lm_predictions.", "mask_predictions.", "cls.", "pooler.",
-                              "classifier.")}
-WITHOUT_PREFIX["deberta-v2"] = WITHOUT_PREFIX["deberta"]
+OUTSIDE = ("cls.", "lm_head.", "lm_predictions.", "mask_predictions.", "classifier.")
 # Tensors of other dialects: the pattern of a name -> the name in the tables.
 RENAMED = {
     r"(LayerNorm|layer_norm)\.gamma$": r"\1.weight",    # files of TensorFlow's BERT
@@ -117,7 +113,9 @@ def encoder_like(stem: str, kind: str, names: dict, keys: dict, defaults: dict) 
     prefix = f"{kind.partition('-')[0]}."
     common = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
               "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": None}
-    return Family(stem, prefix, {prefix + theirs: ours for theirs, ours in names.items()}
+    # The dense layer of DeBERTa's head is called pooler, as the part of BERT's encoder is.
+    outside = OUTSIDE + ("pooler.",) * (prefix == "deberta.")
+    return Family(stem, prefix, outside, {prefix + theirs: ours for theirs, ours in names.items()}
                   | HEADS[kind], keys, common | defaults, {})
 
 
@@ -263,8 +261,7 @@ def by_full_name(folder: Path, config: EncoderConfig) -> dict[str, Stored]:
         for pattern, new in RENAMED.items():
             if config.is_deberta or not new.startswith("lm_predictions"):
                 name = re.sub(pattern, new, name)
-        outside = name.startswith((family.prefix, *WITHOUT_PREFIX[kind]))
-        full = family.prefix * (not outside) + name
+        full = family.full_name(name)
         if re.fullmatch(UNUSED, full) or (
                 not config.has_positions and "embeddings.position_embeddings" in full):
             continue

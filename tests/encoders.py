@@ -47,11 +47,11 @@ HEADS = {"base": transformers.AutoModel, "mlm": transformers.AutoModelForMaskedL
 
 def random_encoder(name: str, head: str, n_labels: int = 3, std: float = 0.3):
     """Makes a transformers model in which every weight is random, those of norms and biases too."""
-    torch.manual_seed(0)
     config = CONFIGS[name](num_labels=n_labels)
     if head == "mlm" and "deberta" in name:
         config.legacy = False
     model = HEADS[head].from_config(config).eval()
+    torch.manual_seed(0)
     for key, parameter in model.named_parameters():
         mean = 1.0 if parameter.dim() == 1 and "LayerNorm.weight" in key else 0.0
         torch.nn.init.normal_(parameter, mean=mean, std=std)
