@@ -62,7 +62,8 @@ def test_a_method_of_one_s_own_is_measured_and_said_to_be_not_mapped(tiny, monke
 
 def test_the_encoder_s_part_compares_with_transformers_and_prints_the_bars(monkeypatch, capsys,
                                                                            tmp_path):
-    monkeypatch.setattr(encoders, "SHAPES", ((2, 16),))
+    for module in (encoders, bench):
+        monkeypatch.setattr(module, "SHAPES", ((2, 16),))
     monkeypatch.setattr(encoders, "SIZE", dict(d_model=24, n_heads=2, d_ff=48))
     bench.main(["encoder", "--device", "cpu", "--json", str(tmp_path / "out.json")])
     rows = {row["contender"]: row for row in
