@@ -1,0 +1,81 @@
+"""Joins a sentence, or a pair of them, to the ids that an encoder reads.
+
+    BERT, DeBERTa    [CLS] A [SEP]         [CLS] A [SEP] B [SEP]      types 0 0 0 1 1
+    RoBERTa          <s> A </s>            <s> A </s> </s> B </s>     types 0 everywhere
+
+The type says which sentence a token is in. Devlin et al., 2019, arXiv:1810.04805, figure 2; Liu et
+al., 2019, arXiv:1907.11692 (facebookresearch/fairseq, models/roberta/hub_interface.py); microsoft/
+DeBERTa, apps/tasks. (transformers 5 puts a second [SEP] between the sentences of DeBERTa v1.)
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+from formats.json_files import read_json_if_there
+
+
+@dataclass(frozen=True)
+class Family:
+    """Says which special tokens a family of encoders has, and how it joins two sentences.
+
+    names: role -> text of the special token. between: how many seps are between the sentences.
+    second: the type of the second sentence. mask_lstrip: the mask takes the white space before it.
+    """
+    names: dict[str, str]
+    between: int = 1
+    second: int = 1
+    mask_lstrip: bool = False
+
+
+BERT = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": "[MASK]"}
+DEBERTA = BERT | {"bos": "[CLS]", "eos": "[SEP]"}
+ROBERTA = {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>",
+           "bos": "<s>", "eos": "</s>"}
+FAMILIES = {        # model_type in config.json -> its family
+    "bert": Family(BERT),
+    "roberta": Family(ROBERTA, between=2, second=0, mask_lstrip=True),
+    "deberta": Family(DEBERTA, mask_lstrip=True),
+    "deberta-v2": Family(DEBERTA),
+}
+CLASSES = {"BertTokenizer": "bert", "RobertaTokenizer": "roberta", "DebertaTokenizer": "deberta",
+           "DebertaV2Tokenizer": "deberta-v2"}
+
+
+def find_family(folder: Path) -> Family | None:
+    """Finds the family of a checkpoint folder, or None if it is no encoder that is known here.
+
+    A tokenizer_class of the table above counts before model_type, as in transformers.
+    """
+    settings, config = (read_json_if_there(folder / name)
+                        for name in ("tokenizer_config.json", "config.json"))
+    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
+    return FAMILIES.get(CLASSES.get(name.removesuffix("Fast")) or str(config.get("model_type")))
+
+
+def shorten(first: int, second: int, room: int) -> tuple[int, int]:
+    """Finds how many tokens of two sentences stay, so that they fit in `room` together.
+
+    The longer one is cut first. The shorter one stays whole if half the room holds it. Else each
+    gets half, and the longer one the odd token. Equal lengths give it to the second. That is
+    longest_first of huggingface/tokenizers, utils/truncation.rs.
+    """
+    if first + second <= room:
+        return first, second
+    short = min(first, second, room // 2)
+    return (room - short, short) if first > second else (short, room - short)
+
+
+def join(first: list[int], second: list[int] | None, cls: int, sep: int, family: Family,
+         max_length: int) -> tuple[list[int], list[int]] | None:
+    """Joins the ids of one sentence or two -> ids and types, each of at most `max_length`.
+
+    Returns None if max_length has no room for the special tokens.
+    """
+    between = family.between if second is not None else 1
+    room = max_length - 1 - between - (second is not None)
+    if room < 0:
+        return None
+    kept, more = shorten(len(first), len(second or []), room)
+    ids, tail = [cls, *first[:kept], sep], [sep] * (between - 1)
+    if second is not None:
+        tail += [*second[:more], sep]
+    return ids + tail, [0] * len(ids) + [family.second] * len(tail)
