@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from formats.json_files import read_json_if_there
+from support.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,24 @@ def shorten(first: int, second: int, room: int) -> tuple[int, int]:
     return (room - short, short) if first > second else (short, room - short)
 
 
-def join(first: list[int], second: list[int] | None, cls: int, sep: int, family: Family,
-         max_length: int) -> tuple[list[int], list[int]] | None:
+def join(tokenizer, first: list[int], second: list[int] | None,
+         max_length: int) -> tuple[list[int], list[int]]:
     """Joins the ids of one sentence or two -> ids and types, each of at most `max_length`.
 
-    Returns None if max_length has no room for the special tokens.
+    An empty second sentence is one too. Raises UserError if the special tokens alone are more than
+    max_length, or the tokenizer is not one of an encoder that is known here.
     """
-    between = family.between if second is not None else 1
-    room = max_length - 1 - between - (second is not None)
+    family, cls, sep = tokenizer.family, tokenizer.cls, tokenizer.sep
+    if family is None or cls is None or sep is None:
+        raise UserError(f"{tokenizer.path}: this tokenizer joins no sentences: only those of BERT, "
+                        "RoBERTa and DeBERTa do, with cls and sep")
+    between = [sep] * (1 if second is None else family.between)
+    room = max_length - 1 - len(between) - (second is not None)
     if room < 0:
-        return None
+        raise UserError(f"{tokenizer.path}: {max_length} tokens at most: the special tokens alone "
+                        f"are {max_length - room}")
     kept, more = shorten(len(first), len(second or []), room)
-    ids, tail = [cls, *first[:kept], sep], [sep] * (between - 1)
+    ids, tail = [cls, *first[:kept], sep], between[1:]
     if second is not None:
         tail += [*second[:more], sep]
     return ids + tail, [0] * len(ids) + [family.second] * len(tail)

@@ -61,9 +61,10 @@ def load_spm(path: Path, listed: list[dict]) -> Tokenizer:
     if settings.get("split_by_punct"):
         raise UserError(f"{path.with_name('tokenizer_config.json')}: split_by_punct is not "
                         "supported")
-    make = partial(SentencePieceTokenizer, processor=model, lower=bool(settings.get("do_lower_case")))
-    return build_tokenizer(make, path, {"[MASK]": model.vocab_size()} | vocab, controls + listed, {},
-                           FAMILIES["deberta-v2"])
+    make = partial(SentencePieceTokenizer, processor=model,
+                   lower=bool(settings.get("do_lower_case")))
+    return build_tokenizer(make, path, {"[MASK]": model.vocab_size()} | vocab, controls + listed,
+                           {}, FAMILIES["deberta-v2"])
 
 
 def read_model(path: Path) -> tuple:

@@ -85,19 +85,11 @@ class Tokenizer:
         return "".join(texts) + self.decode_plain(run)
 
     def pair(self, a: str, b: str | None, max_length: int) -> tuple[list[int], list[int]]:
-        """Encodes one sentence, or two, for an encoder -> ids and types (see pairs.py).
+        """Encodes one sentence, or two, as an encoder reads them -> ids and types.
 
-        Cuts them to `max_length` ids together with cls and sep, the longer one first. Raises
-        UserError if cls and sep alone are more, or the tokenizer belongs to no known encoder.
+        Cuts them to `max_length` ids with cls and sep. pairs.py says how, and when it fails.
         """
-        if self.family is None or self.cls is None or self.sep is None:
-            raise UserError(f"{self.path}: this tokenizer joins no sentences: it is not one of "
-                            "BERT, RoBERTa or DeBERTa with its special tokens")
-        joined = join(self.encode(a), None if b is None else self.encode(b), self.cls, self.sep,
-                      self.family, max_length)
-        if joined is None:
-            raise UserError(f"{self.path}: {max_length} tokens have no room for the special tokens")
-        return joined
+        return join(self, self.encode(a), None if b is None else self.encode(b), max_length)
 
 
 def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: list[dict],
@@ -105,7 +97,7 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
     """Builds a tokenizer with make(path, added), and gives it its special tokens and its family.
 
     vocab: token -> id. listed: the added tokens that the vocabulary's own file lists. roles: bos,
-    eos and so on as that file or the tokenizer's class has them. family: None for the one that the
+    eos and so on as that file or the tokenizer's class has them. family: if None, the one that the
     folder names.
     The first of these that names a role counts. The first three are transformers' rule.
         special_tokens_map.json, if tokenizer_config.json has no added_tokens_decoder
@@ -125,7 +117,7 @@ def build_tokenizer(make: Callable, path: Path, vocab: dict[str, int], listed: l
     tokenizer.family = family
     tokenizer.special = {token["id"] for token in tokens.values() if token["special"]}
     tokenizer.lstrip, tokenizer.rstrip = (
-        {text for text, token in tokens.items() if token.get(side)} for side in ("lstrip", "rstrip"))
+        {text for text in tokens if tokens[text].get(side)} for side in ("lstrip", "rstrip"))
     for text, token in tokens.items():
         if tokenizer.normalizes and token.get("normalized", not token["special"]):
             raise UserError(f"{path}: the added token {text!r} is looked for in the cleaned text: "

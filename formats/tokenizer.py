@@ -38,28 +38,27 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    main, model, vocab_txt = (folder / name for name in ("tokenizer.json", "tokenizer.model",
-                                                         "vocab.txt"))
-    if find_family(folder) == FAMILIES["deberta-v2"] or (folder / "spm.model").exists():
-        model = folder / "spm.model"
+    main, model, spm = (folder / name for name in ("tokenizer.json", "tokenizer.model",
+                                                   "spm.model"))
     spec = read_table(main) if main.exists() else {}
     if spec:
         with expected_layout(main):
-            kind = spec["model"].get("type") or (      # older files do not say
+            kind = spec["model"].get("type") or (                       # older files do not say it
                 "WordPiece" if "max_input_chars_per_word" in spec["model"] else "BPE")
             steps = list_steps(spec.get("pre_tokenizer"), "pretokenizers")
             steps = [step["type"] for step in steps]
-        if kind == "BPE" and "ByteLevel" in steps:
-            return load_tokenizer_json(main, spec)
         if kind == "WordPiece":
             return load_wordpiece_json(main, spec)
+        if kind == "BPE" and "ByteLevel" in steps:
+            return load_tokenizer_json(main, spec)
         try:
             return load_metaspace(main, spec)
         except UserError as error:
-            if not model.exists():
-                raise UserError(f"{error} ({model.name} beside it would do)") from error
-    if model.name == "spm.model" and model.exists():
-        return load_spm(model, spec.get("added_tokens") or [])
+            if not model.exists() and not spm.exists():
+                wanted = spm if find_family(folder) == FAMILIES["deberta-v2"] else model
+                raise UserError(f"{error} ({wanted.name} beside it would do)") from error
+    if spm.exists():
+        return load_spm(spm, spec.get("added_tokens") or [])
     if model.exists():
         if not spec and read_bytes(model).isascii():       # a sentencepiece model is binary
             return load_ranks(model)
@@ -67,8 +66,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).exists() or (folder / merges).exists():
             return load_vocab_merges(folder / vocab, folder / merges)
-    if vocab_txt.exists():
-        return load_vocab_txt(vocab_txt)
+    if (folder / "vocab.txt").exists():
+        return load_vocab_txt(folder / "vocab.txt")
     rank_files = sorted(folder.glob("*.tiktoken"))
     if len(rank_files) > 1:
         raise UserError(f"{folder}: more than one *.tiktoken file")

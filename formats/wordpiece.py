@@ -148,7 +148,7 @@ def load_vocab_txt(path: Path) -> Tokenizer:
         vocab[token] = number
     family = find_family(path.parent) or FAMILIES["bert"]
     make = partial(WordPieceTokenizer, vocab=vocab, **read_steps(path.parent))
-    return build_tokenizer(make, path, vocab, [], {}, family)
+    return check_unk(build_tokenizer(make, path, vocab, [], {}, family))
 
 
 def load_wordpiece_json(path: Path, spec: dict) -> Tokenizer:
@@ -176,11 +176,19 @@ def load_wordpiece_json(path: Path, spec: dict) -> Tokenizer:
             steps = read_steps(path.parent)     # BertTokenizer disregards the normalizer
         longest = model.get("max_input_chars_per_word", LONGEST_WORD)
         if type(longest) is not int or not 0 < longest <= 10**4:
-            raise UserError(f"{path}: max_input_chars_per_word {str(longest)[:80]} is not supported")
+            raise UserError(f"{path}: max_input_chars_per_word {str(longest)[:80]} is not "
+                            "supported")
         make = partial(WordPieceTokenizer, vocab=model["vocab"], longest=longest, **steps)
         unk = model["vocab"].get(model.get("unk_token"))
-    return build_tokenizer(make, path, model["vocab"], spec.get("added_tokens") or [],
-                           {"unk": unk})
+    return check_unk(build_tokenizer(make, path, model["vocab"], spec.get("added_tokens") or [],
+                                     {"unk": unk}))
+
+
+def check_unk(tokenizer: Tokenizer) -> Tokenizer:
+    """Returns the tokenizer. Raises UserError if it has no token for a word that is unknown."""
+    if tokenizer.unk is None:
+        raise UserError(f"{tokenizer.path}: no token for an unknown word, such as [UNK]")
+    return tokenizer
 
 
 def read_steps(folder: Path) -> dict[str, bool]:
@@ -199,6 +207,6 @@ def order_steps(path: Path, lower, strip_accents, ideographs) -> dict[str, bool]
     strip_accents = lower if strip_accents is None else strip_accents
     for value in (lower, strip_accents, ideographs):
         if type(value) is not bool:
-            raise UserError(f"{path}: lower case, accents or Chinese characters: {str(value)[:80]!r}"
-                            " is neither true nor false")
+            raise UserError(f"{path}: {str(value)[:80]!r} is neither true nor false: lower case, "
+                            "accents or Chinese characters")
     return {"lower": lower, "accents": not strip_accents, "ideographs": ideographs}
