@@ -13,7 +13,7 @@ from pathlib import Path
 from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
                          BPETokenizer, order_tokens)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
-from formats.pairs import find_family
+from formats.pairs import FAMILIES, find_class, find_family
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
 from support.errors import UserError
 from support.files import atomic_write
@@ -67,7 +67,7 @@ def load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
         tokens = order_tokens(path, model["vocab"], path, read_merges(model),
                               model.get("ignore_merges"),
                               [token["content"] for token in added])
-        if find_family(path.parent):            # the classes of encoders go by their own settings
+        if find_class(path.parent) in FAMILIES:     # these classes disregard the file's own
             prefix_space = read_prefix_space(path.parent)
         if model.get("unk_token") and None in tokens.values():
             raise UserError(f"{path}: unk_token is not supported where the vocabulary lacks bytes")

@@ -31,25 +31,34 @@ BERT = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "unk": "[UNK]", "mask": 
 DEBERTA = BERT | {"bos": "[CLS]", "eos": "[SEP]"}
 ROBERTA = {"cls": "<s>", "sep": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>",
            "bos": "<s>", "eos": "</s>"}
-FAMILIES = {        # model_type in config.json -> its family
-    "bert": Family(BERT),
-    "roberta": Family(ROBERTA, between=2, second=0, mask_lstrip=True),
-    "deberta": Family(DEBERTA, mask_lstrip=True),
-    "deberta-v2": Family(DEBERTA),
+FAMILIES = {        # transformers' class of tokenizer -> its family
+    "BertTokenizer": Family(BERT),
+    "RobertaTokenizer": Family(ROBERTA, between=2, second=0, mask_lstrip=True),
+    "DebertaTokenizer": Family(DEBERTA, mask_lstrip=True),
+    "DebertaV2Tokenizer": Family(DEBERTA),
 }
-CLASSES = {"BertTokenizer": "bert", "RobertaTokenizer": "roberta", "DebertaTokenizer": "deberta",
-           "DebertaV2Tokenizer": "deberta-v2"}
+CLASSES = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer", "deberta": "DebertaTokenizer",
+           "deberta-v2": "DebertaV2Tokenizer"}                      # model_type -> class
+
+
+def find_class(folder: Path) -> str:
+    """Finds the class that transformers would read a tokenizer with, or "" if none is known.
+
+    tokenizer_class in tokenizer_config.json or config.json counts before model_type.
+    """
+    settings, config = (read_json_if_there(folder / name)
+                        for name in ("tokenizer_config.json", "config.json"))
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    return str(name or CLASSES.get(str(config.get("model_type")), "")).removesuffix("Fast")
 
 
 def find_family(folder: Path) -> Family | None:
     """Finds the family of a checkpoint folder, or None if it is no encoder that is known here.
 
-    A tokenizer_class of the table above counts before model_type, as in transformers.
+    A class such as PreTrainedTokenizerFast, which says nothing, leaves it to model_type.
     """
-    settings, config = (read_json_if_there(folder / name)
-                        for name in ("tokenizer_config.json", "config.json"))
-    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
-    return FAMILIES.get(CLASSES.get(name.removesuffix("Fast")) or str(config.get("model_type")))
+    model_type = str(read_json_if_there(folder / "config.json").get("model_type"))
+    return FAMILIES.get(find_class(folder)) or FAMILIES.get(CLASSES.get(model_type, ""))
 
 
 def shorten(first: int, second: int, room: int) -> tuple[int, int]:

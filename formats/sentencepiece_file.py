@@ -64,7 +64,7 @@ def load_spm(path: Path, listed: list[dict]) -> Tokenizer:
     make = partial(SentencePieceTokenizer, processor=model,
                    lower=bool(settings.get("do_lower_case")))
     return build_tokenizer(make, path, {"[MASK]": model.vocab_size()} | vocab, controls + listed,
-                           {}, FAMILIES["deberta-v2"])
+                           {}, FAMILIES["DebertaV2Tokenizer"])
 
 
 def read_model(path: Path) -> tuple:

@@ -55,7 +55,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
             return load_metaspace(main, spec)
         except UserError as error:
             if not model.exists() and not spm.exists():
-                wanted = spm if find_family(folder) == FAMILIES["deberta-v2"] else model
+                wanted = spm if find_family(folder) == FAMILIES["DebertaV2Tokenizer"] else model
                 raise UserError(f"{error} ({wanted.name} beside it would do)") from error
     if spm.exists():
         return load_spm(spm, spec.get("added_tokens") or [])

@@ -16,7 +16,7 @@ from typing import Callable
 
 from formats.bpe_files import list_steps
 from formats.json_files import expected_layout, read_bytes, read_json_if_there
-from formats.pairs import FAMILIES, find_family
+from formats.pairs import FAMILIES, find_class, find_family
 from formats.special_tokens import Tokenizer, build_tokenizer, check_ids
 from support.errors import UserError
 
@@ -146,7 +146,7 @@ def load_vocab_txt(path: Path) -> Tokenizer:
         if not token or token in vocab:
             raise UserError(f"{path}: line {number + 1}: {token[:80]!r}: not a new token")
         vocab[token] = number
-    family = find_family(path.parent) or FAMILIES["bert"]
+    family = find_family(path.parent) or FAMILIES["BertTokenizer"]
     make = partial(WordPieceTokenizer, vocab=vocab, **read_steps(path.parent))
     return check_unk(build_tokenizer(make, path, vocab, [], {}, family))
 
@@ -172,8 +172,8 @@ def load_wordpiece_json(path: Path, spec: dict) -> Tokenizer:
         step = normalizers[0]
         steps = order_steps(path, step["lowercase"], step["strip_accents"],
                             step["handle_chinese_chars"])
-        if find_family(path.parent) == FAMILIES["bert"]:
-            steps = read_steps(path.parent)     # BertTokenizer disregards the normalizer
+        if find_class(path.parent) == "BertTokenizer":
+            steps = read_steps(path.parent)     # that class disregards the normalizer
         longest = model.get("max_input_chars_per_word", LONGEST_WORD)
         if type(longest) is not int or not 0 < longest <= 10**4:
             raise UserError(f"{path}: max_input_chars_per_word {str(longest)[:80]} is not "
