@@ -20,7 +20,7 @@ FAMILIES = decoders.FAMILIES | encoders.FAMILIES        # by config.json's model
 # The files that tell how to write with a model; all files to fetch beside the tensors.
 TEXTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
-         "vocab.bpe", "tokenizer.model", "*.tiktoken"]
+         "vocab.bpe", "tokenizer.model", "*.tiktoken", "vocab.txt", "spm.model"]
 SMALL = ["config.json", "adapter_config.json", "*.index.json", *TEXTS]
 
 

@@ -61,7 +61,8 @@ BAD_FILES = {                                         # the first file is the on
     "a pattern within itself": split_at(r"(?R)?a"),
     "dropout": edited(dropout=0.1),
     "an end-of-word suffix": edited(end_of_word_suffix="</w>"),
-    "a token that strips": edited(added_tokens=[{"id": 500, "content": "<m>", "lstrip": True}]),
+    "a token that is a word": edited(
+        added_tokens=[{"id": 500, "content": "<m>", "single_word": True}]),
     "a token without an id": edited(added_tokens=[{"content": "<m>"}]),
     **{f"an added token with the id {i}": edited(added_tokens=[{"id": i, "content": "<m>"}])
        for i in BAD_IDS},
