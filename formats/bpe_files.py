@@ -104,11 +104,14 @@ def load_vocab_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     """Loads a vocabulary and its merges.
 
     These files name no split pattern. A Qwen checkpoint has Qwen's and normalizes (NFC), any other
-    has GPT-2's, also RoBERTa and DeBERTa v1.
+    has GPT-2's, also RoBERTa and DeBERTa v1. A vocabulary of single characters and special tokens,
+    such as that of proteins, needs no merges.
     """
     folder, vocab, pairs = vocab_path.parent, read_table(vocab_path), []
-    lines = read_bytes(merges_path).decode("utf-8", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    text = b""
+    if merges_path.exists() or any(len(token) > 1 and token[0] not in "<[" for token in vocab):
+        text = read_bytes(merges_path)
+    for number, line in enumerate(text.decode("utf-8", "replace").split("\n"), 1):
         line = line.rstrip("\r")
         if line and not line.startswith("#version"):
             pairs.append(tuple(line.split(" ")))

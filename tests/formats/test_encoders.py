@@ -308,11 +308,14 @@ def test_checkpoint_names_of_layers_are_targets_too(name):
 
 @needs(SAPIENS)
 def test_a_real_roberta_gives_its_authors_probabilities():
-    model, oracle = load_pretrained(SAPIENS)[0].eval(), json.loads(
-        (SAPIENS / "oracle.json").read_text())
-    vocab = json.loads((SAPIENS / "vocab.json").read_text())
+    model, tokenizer = load_pretrained(SAPIENS)
+    oracle, vocab = (json.loads((SAPIENS / name).read_text())
+                     for name in ("oracle.json", "vocab.json"))
+    ids, _ = tokenizer.pair(oracle["input"].replace("*", "<mask>"), None, 144)
+    assert ids == oracle["ids"]
+    model.eval()
     with torch.no_grad():
-        scores = model.mlm(torch.tensor([oracle["ids"]]), None)[0, 1:-1]
+        scores = model.mlm(torch.tensor([ids]), None)[0, 1:-1]
     found = scores.softmax(-1)[:5, [vocab[letter] for letter in "ACDE"]]
     right = torch.tensor(oracle["readme_scores_ACDE"])
     assert found.numel() == 20
