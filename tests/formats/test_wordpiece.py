@@ -167,6 +167,8 @@ BAD_FILES = {                                         # the first file is the on
                                 "vocab.txt": BERT_LINES},
     "a token looked for in the cleaned text": {"vocab.txt": BERT_LINES,
                                                "added_tokens.json": '{"Covid": 6}'},
+    "a class that cuts into words of its own": {
+        "vocab.txt": BERT_LINES, "config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'},
     **{f"tokenizer.json: {name}": {"tokenizer.json": json.dumps(spec)} for name, spec in {
         "another prefix": spec_of(continuing_subword_prefix="@@"),
         "unk is missing": spec_of(unk_token="<unk>"),
