@@ -4,8 +4,8 @@
     RoBERTa          <s> A </s>            <s> A </s> </s> B </s>     types 0 everywhere
 
 The type says which sentence a token is in. Devlin et al., 2019, arXiv:1810.04805, figure 2; Liu et
-al., 2019, arXiv:1907.11692 (facebookresearch/fairseq, models/roberta/hub_interface.py); microsoft/
-DeBERTa, apps/tasks. (transformers 5 puts a second [SEP] between the sentences of DeBERTa v1.)
+al., 2019, arXiv:1907.11692 (facebookresearch/fairseq, models/roberta/hub_interface.py).
+(transformers 5 puts a second [SEP] between the sentences of DeBERTa v1; version 4 did not.)
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,13 @@ def find_family(folder: Path) -> Family | None:
     """
     model_type = str(read_json_if_there(folder / "config.json").get("model_type"))
     return FAMILIES.get(find_class(folder)) or FAMILIES.get(CLASSES.get(model_type, ""))
+
+
+def check_class(path: Path, *known: str) -> None:
+    """Raises UserError if a folder's class of tokenizer may read the file `path` in another way."""
+    name = find_class(path.parent)
+    if name not in ("", "PreTrainedTokenizer", "TokenizersBackend", *known):
+        raise UserError(f"{path}: {name[:80]!r} is not supported with this file")
 
 
 def shorten(first: int, second: int, room: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Iterator
 
 from formats.json_files import read_bytes, read_json_if_there
 from formats.metaspace import find_llama_prefix, load_pieces
-from formats.pairs import FAMILIES
+from formats.pairs import FAMILIES, check_class
 from formats.special_tokens import Tokenizer, build_tokenizer
 from support.errors import UserError
 
@@ -53,9 +53,10 @@ def load_sentencepiece(path: Path, listed: list[dict]) -> Tokenizer:
 def load_spm(path: Path, listed: list[dict]) -> Tokenizer:
     """Loads the spm.model of DeBERTa-v2 or v3, whose [MASK] is the first id after the model's.
 
-    listed: the added tokens of a tokenizer.json beside it. Raises UserError if
-    tokenizer_config.json says split_by_punct. No published checkpoint does.
+    listed: the added tokens of a tokenizer.json beside it. Raises UserError if the folder names
+    another class, or tokenizer_config.json says split_by_punct. No published checkpoint does.
     """
+    check_class(path, "DebertaV2Tokenizer")
     model, vocab, controls = read_model(path)
     settings = read_json_if_there(path.with_name("tokenizer_config.json"))
     if settings.get("split_by_punct"):

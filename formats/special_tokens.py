@@ -31,7 +31,7 @@ class Tokenizer:
     texts of added tokens that take the white space before them, or after. family: says how two
     sentences are joined, or None. A subclass has encode_plain(text, at_start) and
     decode_plain(ids), for what lies between two added tokens. at_start: no added token is before
-    it. normalizes: encode_plain changes letters, so that an added token could be looked for later.
+    it. normalizes: encode_plain cleans the text; an added token looked for later is refused.
     """
     bos = eos = pad = cls = sep = mask = unk = family = None
     special: set[int] = set()
@@ -162,8 +162,8 @@ def collect_added(path: Path, vocab: dict[str, int], listed: list[dict],
     """Collects the added tokens of all files: text -> id, special, and other flags.
 
     Takes the `named` tokens that are in the vocabulary, those of added_tokens.json, those `listed`
-    in `path`, and those of added_tokens_decoder in tokenizer_config.json. What a later one says
-    replaces what an earlier one of the same text says. All are special but those of
+    in `path`, and those of added_tokens_decoder in tokenizer_config.json. A later one replaces the
+    id and the flags that an earlier one of the same text gives. All are special but those of
     added_tokens.json, and those that a file says not to be. A named one is special anyway.
     """
     config, extra = path.with_name("tokenizer_config.json"), path.with_name("added_tokens.json")

@@ -16,13 +16,14 @@ from typing import Callable
 
 from formats.bpe_files import list_steps
 from formats.json_files import expected_layout, read_bytes, read_json_if_there
-from formats.pairs import FAMILIES, find_class, find_family
+from formats.pairs import FAMILIES, check_class, find_class, find_family
 from formats.special_tokens import Tokenizer, build_tokenizer, check_ids
 from support.errors import UserError
 
 MORE = "##"                                     # spells a piece that goes on with a word
 LONGEST_WORD = 100                              # characters; a longer word is unknown
 CACHED_WORDS = 2**16
+BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer")     # they do the same
 # The Chinese characters; Korean and Japanese letters are not among them. (bert.rs begins the last
 # block but two at 2B920; tokenization.py has 2B820.)
 IDEOGRAPHS = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F),
@@ -135,8 +136,10 @@ class WordPieceTokenizer(Tokenizer):
 def load_vocab_txt(path: Path) -> Tokenizer:
     """Loads a vocab.txt: a line for each token, whose id is the number of lines before it.
 
-    Raises UserError if a token stands there twice, or one of the special tokens does not.
+    Raises UserError if a token stands there twice, or one of the special tokens does not, or the
+    folder names a class that does something else with the file.
     """
+    check_class(path, *BERT_CLASSES)
     try:
         lines = read_bytes(path).decode().replace("\r\n", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
@@ -172,8 +175,8 @@ def load_wordpiece_json(path: Path, spec: dict) -> Tokenizer:
         step = normalizers[0]
         steps = order_steps(path, step["lowercase"], step["strip_accents"],
                             step["handle_chinese_chars"])
-        if find_class(path.parent) == "BertTokenizer":
-            steps = read_steps(path.parent)     # that class disregards the normalizer
+        if find_class(path.parent) in BERT_CLASSES:
+            steps = read_steps(path.parent)     # these classes disregard the normalizer
         longest = model.get("max_input_chars_per_word", LONGEST_WORD)
         if type(longest) is not int or not 0 < longest <= 10**4:
             raise UserError(f"{path}: max_input_chars_per_word {str(longest)[:80]} is not "

@@ -23,7 +23,7 @@ each = pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
 WORDS = "the mayor's house isn't far they'll say".split()
 MASKED = ["a <mask> b", "a \t\u3000\n<mask>  b", "<mask><mask> <mask>", " <mask>", "a \x1c<mask>",
           "a [MASK] b", " [MASK]\u00a0[MASK]", "a <s> </s>b <pad><unk>", "[CLS] [SEP] [PAD] [UNK]",
-          "<|endoftext|>", "a <mask", "\u2028<mask>\u180e <mask>\u200b<mask>"]
+          "<mask>\u3000\t\x85b", "<|endoftext|>", "a <mask", "\u2028<mask>\u180e <mask>\u200b<mask>"]
 
 
 def in_transformers(reference, a, b, max_length):

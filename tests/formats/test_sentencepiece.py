@@ -124,9 +124,11 @@ def test_a_resaved_deberta_needs_its_spm_model(tmp_path):
         load_tokenizer(folder)
 
 
-def test_split_by_punct_is_refused(tmp_path):
+def test_settings_that_change_the_ids_are_refused(tmp_path):
     with pytest.raises(UserError, match="tokenizer_config.json: split_by_punct"):
         load_tokenizer(save_spm(tmp_path, split_by_punct=True))
+    with pytest.raises(UserError, match="spm.model: 'AlbertTokenizer' is not supported"):
+        load_tokenizer(save_spm(tmp_path, tokenizer_class="AlbertTokenizerFast"))
 
 
 @pytest.mark.parametrize("model", [b"ab", b"\x0a\xff" * 20, trained_sentencepiece()],

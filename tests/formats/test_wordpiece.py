@@ -46,6 +46,15 @@ def test_the_longest_pieces_from_the_left_by_hand(tmp_path):
     assert mine.decode([5, 8, 9, 11]) == "unaffable !"
 
 
+def test_letters_are_lower_cased_one_by_one(tmp_path):
+    """The last sigma of a word is written another way in Greek, but not here."""
+    (tmp_path / "vocab.txt").write_text("\n".join([*BERT_MARKS, "σα", "##σ", "##ς", "i", "##̇"]))
+    mine = load_tokenizer(tmp_path)
+    assert mine.encode("ΣΑΣ σας") == [5, 6, 5, 7] and mine.encode("İ") == [8]
+    write_json(tmp_path, tokenizer_config={"strip_accents": False})
+    assert load_tokenizer(tmp_path).encode("İ") == [8, 9]
+
+
 @every_setting
 def test_ids_are_those_of_transformers(settings):
     mine, reference = bert_pair(**settings)
@@ -167,6 +176,8 @@ BAD_FILES = {                                         # the first file is the on
                                 "vocab.txt": BERT_LINES},
     "a token looked for in the cleaned text": {"vocab.txt": BERT_LINES,
                                                "added_tokens.json": '{"Covid": 6}'},
+    "a class that cuts into words of its own": {
+        "vocab.txt": BERT_LINES, "config.json": '{"tokenizer_class": "BertJapaneseTokenizer"}'},
     **{f"tokenizer.json: {name}": {"tokenizer.json": json.dumps(spec)} for name, spec in {
         "another prefix": spec_of(continuing_subword_prefix="@@"),
         "unk is missing": spec_of(unk_token="<unk>"),
