@@ -204,7 +204,7 @@ class LabelHead(nn.Module):
         self.out = None if config.n_labels is None else nn.Linear(config.d_model, config.n_labels)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, p = x[:, 0], self.config.head_dropout
+        x, p = x[:, 0].to(self.dense.weight.dtype), self.config.head_dropout
         if self.config.model_type == "roberta":
             x = F.dropout(x, p, self.training)
         x = self.dense(x)
@@ -252,9 +252,11 @@ class Encoder(nn.Module):
     def add_head(self, n_labels: int) -> "Encoder":
         """Gives the model a new head for labels, in the place of the head for masked tokens.
 
-        Keeps a pretrained dense layer. What is new is drawn from N(0, 0.02^2), biases are 0.
+        Keeps a pretrained dense layer. What is new is drawn from N(0, 0.02^2), biases are 0. The
+        head is float32 on a bf16 model too, since it trains.
         """
-        config, device, dtype = self.config, self.embed.weight.device, self.embed.weight.dtype
+        config, device = self.config, self.embed.weight.device
+        dtype = torch.promote_types(self.embed.weight.dtype, torch.float32)
         kept = self.head and self.head.dense
         config.n_labels, config.labels = n_labels, []
         config.has_mlm, config.has_pooler = False, True
@@ -262,8 +264,13 @@ class Encoder(nn.Module):
         for layer in (self.head.dense, self.head.out):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
-        self.head.dense = kept or self.head.dense
+        self.head.dense = kept.to(dtype) if kept else self.head.dense
         return self
+
+    @property
+    def label_head(self) -> str | None:
+        """Names the module that is the head for labels, None without one."""
+        return None if self.config.n_labels is None else "head"
 
     def hidden(self, tokens: Tensor, mask: Tensor | None, types: Tensor | None = None) -> Tensor:
         """Computes the last hidden states (B, T, C). Those of padding mean nothing."""
@@ -314,3 +321,5 @@ class Encoder(nn.Module):
         if self.config.n_labels is None:
             raise UserError("the model has no head for labels: add_head(n_labels)")
         return self.head(self.hidden(tokens, mask, types))
+
+    classify = forward      # the name that decoders have for it

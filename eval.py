@@ -13,11 +13,13 @@ import math
 from argparse import Namespace
 
 from data import OPTIONS, TASKS, load_task, options_in
-from data.task import BATCH_SIZE, Example, Scores, Setup, encode_start, sample
+from data.task import BATCH_SIZE, Scores, Sequence, Setup, encode_start, sample
+from encoder import EncoderConfig
 from formats.checkpoint import MAX_LENGTH, open_model
 from generate import generate
 from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
 from support.files import atomic_write, new_file
+from support.heads import give_head
 from support.parser import Parser, default_device, device, flag
 from support.processes import is_main, join_processes
 from support.run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
@@ -129,19 +131,23 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         check_base(args.run, model, dtype)
     if args.prompt is not None:
+        if isinstance(model.config, EncoderConfig):
+            raise UserError("--prompt: an encoder writes no text")
         before = write_answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)
         if args.run:
             load_adapters(args.run, model)
             print(f"after: {write_answer(model, tokenizer, args.prompt, args.max_new_tokens)}")
         return
+    if not args.run:
+        give_head(model, args.task, args.head, draw=False)
     options = options_in(run)
     if args.beams is not None:
         options["beams"] = args.beams
     loss_on = run.loss_on if args.run else None
     setup = Setup(tokenizer, model.config, max_length, args.batch_size, loss_on)
     task = load_task(run.task, setup, **options)
-    if args.predictions is not None and not isinstance(task.test[0], Example):
+    if args.predictions is not None and isinstance(task.test[0], Sequence):
         raise UserError(f"--predictions: task {run.task} has no items, it is scored as a whole")
     if args.run:
         check_same(args.run, data=task.fingerprint())

@@ -226,6 +226,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm = make_norm(c)
         self.head = None if c.tied else nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.score = None               # the head for labels, see add_head()
         self.checkpointing = False      # True: training keeps only the input of each block
 
     def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
@@ -303,6 +304,31 @@ class Transformer(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Turns hidden states into scores of the next token: (..., C) -> (..., vocab_size)."""
         return F.linear(x, self.embed.weight) if self.head is None else self.head(x)
+
+    def add_head(self, n_labels: int) -> "Transformer":
+        """Gives the model a head for labels, drawn from N(0, 0.02^2).
+
+        It is float32 on a bf16 model too, since it trains.
+        """
+        W = self.embed.weight
+        self.score = nn.Linear(self.config.d_model, n_labels, bias=False, device=W.device,
+                               dtype=torch.promote_types(W.dtype, torch.float32))
+        nn.init.normal_(self.score.weight, std=0.02)
+        return self
+
+    @property
+    def label_head(self) -> str | None:
+        """Names the module that is the head for labels, None without one."""
+        return None if self.score is None else "score"
+
+    def classify(self, tokens: Tensor, mask: Tensor, types: Tensor | None = None) -> Tensor:
+        """Scores the labels of each text by its last real token: (B, n_labels).
+
+        transformers' ...ForSequenceClassification does the same. A decoder has no use for types.
+        """
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)       # (B,)
+        x = self.hidden(tokens, mask)[torch.arange(len(last), device=mask.device), last]
+        return self.score(x.to(self.score.weight.dtype))
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:

@@ -4,11 +4,13 @@ A loader takes a data.task.Setup, and those flags of OPTIONS that it has argumen
 argument has no default must be given. The loader returns a data.task.Task.
 """
 import inspect
-from argparse import Namespace
+from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 
 from data import commonsense, e2e, facts, glue, mini, text
+from data.labels import uses_head
 from data.task import Setup, Task
+from encoder import EncoderConfig
 from support.errors import UserError, nearest
 from support.parser import flag
 
@@ -22,6 +24,8 @@ TASKS = {
     "text": text.load_text,
     "jsonl": text.load_jsonl,
 }
+# Tasks that can train a head for labels -> the names of its outputs.
+LABELS = {name: spec.labels for name, spec in glue.SETS.items()}
 OPTIONS = {             # flag -> how argparse is to read it
     "data": dict(metavar="FILE", help="text, jsonl: read the examples from this file"),
     "data_dir": dict(metavar="DIR", help="commonsense, e2e, glue/...: read this folder's files"),
@@ -30,6 +34,8 @@ OPTIONS = {             # flag -> how argparse is to read it
     "rewrite_seed": dict(type=int, help="facts: draw the facts to rewrite, and their new values, "
                                         "by this seed (the run's own)"),
     "beams": dict(type=int, help="tasks that write text: search with N beams (1, greedy)"),
+    "head": dict(action=BooleanOptionalAction, help="glue/...: answer by a trained head, not in "
+                                                    "words (on an encoder yes, else no)"),
 }
 
 
@@ -74,6 +80,22 @@ def checked_options(name: str, options: dict) -> dict:
     if given.get("beams", 1) < 1:
         raise UserError(f"--beams {given['beams']}: must be at least 1")
     return given
+
+
+def labels_for(name: str, head: bool | None, config) -> tuple[str, ...] | None:
+    """Names the outputs of the head that a task needs on a model; None if it needs none.
+
+    head: the value of --head. config: the model's. Raises UserError if an encoder cannot do the
+    task.
+    """
+    if uses_head(config, head):
+        if name not in LABELS:
+            raise UserError(f"--task {name}: an encoder writes no text; its tasks are "
+                            f"{', '.join(LABELS)}")
+        return LABELS[name]
+    if isinstance(config, EncoderConfig):
+        raise UserError("--no-head: an encoder answers by a head only")
+    return None
 
 
 def load_task(name: str, setup: Setup, **options) -> Task:

@@ -1,17 +1,14 @@
-"""Makes tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461) in words.
+"""Makes tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461).
 
-A template asks for the label in words. A model's answer is the likeliest choice after the prompt,
-by the sum of log p over the choice's tokens and eos. Training makes this sum large, so it is not
+On an encoder, or with --head, a trained head gives the label (data/labels.py). STS-B's score is its
+one output as it is, and the loss is the squared error.
+Else a template asks for the label in words. A model's answer is the likeliest choice after the
+prompt, by the sum of log p over the choice's tokens and eos. Training makes this sum large, so it is not
 divided by the number of tokens, which would favour long words. An untrained model may prefer a
 choice of fewer tokens. --data-dir is the folder of one set, as GLUE ships it or as the raw corpus
 does (SETS, below). GLUE's test.tsv has no labels, so the dev file is the test split. A tenth of
 train, at most 1,000 rows, is held out for validation. Rows of SST-2 share phrases and rows of QQP
 share questions, so the validation scores of both are too high.
-Published recipes, linear decay:
-    LoRA, RoBERTa-base: rank 8 on q, v; 6 % warm-up; lr 4e-4 to 5e-4, batch 16 or 32; epochs MNLI
-        30, SST-2 60, MRPC 30, CoLA 80, QNLI 25, QQP 25, RTE 80, STS-B 40  (2106.09685, table 9)
-    AdaLoRA, DeBERTaV3-base, batch 32: lr/epochs MNLI 5e-4/7, SST-2 8e-4/24, MRPC 1e-3/30, CoLA
-        5e-4/25, QNLI 1.2e-3/5, QQP 5e-4/5, RTE 1.2e-3/50, STS-B 2.2e-3/25   (2303.10512, table 8)
 """
 import math
 import sys
@@ -22,9 +19,10 @@ from typing import Callable, NamedTuple, Sequence
 
 import torch
 
+from data.labels import HeadTask, Labelled, uses_head
 from data.reading import hold_out, numbered_lines
 from data.scoring import choice_losses
-from data.task import Example, Scores, Setup, TextTask, encode_targets
+from data.task import Example, Scores, Setup, Task, TextTask, encode_targets
 from support.errors import UserError, require
 
 
@@ -95,43 +93,49 @@ class GlueSet(NamedTuple):
     """Says how a set is asked, answered, scored and stored."""
     template: str
     words: dict[str, str]               # label in the file -> choice; the second is positive
+    labels: tuple[str, ...]             # the same labels, as checkpoints' heads name them
     metrics: tuple[Callable, ...]
     layouts: tuple[Layout, ...]         # the first whose files are all there is read
     graded: bool = False                # a label is any score in [0, 5], a choice a whole one
 
 
 NO_YES = {"0": " no", "1": " yes"}
+FOLLOWS = {"not_entailment": " no", "entailment": " yes"}
 MRPC = ("#1 String", "#2 String", "Quality")
 # STS-B has six whole scores as choices, since each is one token in most tokenizers. Finer scores
 # would make answers longer and scoring slower. Rounded gold scores correlate with the exact ones at
 # 0.98 (both correlations), and a model's expected score lies between the whole ones anyway.
 SETS = {
     "glue/sst2": GlueSet("Review: {}\nIs it negative or positive?",
-                         {"0": " negative", "1": " positive"}, (accuracy,),
+                         {"0": " negative", "1": " positive"}, ("negative", "positive"), (accuracy,),
                          (Layout(("sentence", "label")),)),
-    "glue/cola": GlueSet("Sentence: {}\nIs it acceptable English?", NO_YES, (matthews, accuracy),
+    "glue/cola": GlueSet("Sentence: {}\nIs it acceptable English?", NO_YES,
+                         ("unacceptable", "acceptable"), (matthews, accuracy),
                          (Layout((3, 1), widths=(4,)),
                           Layout((3, 1), "in_domain_train.tsv", "in_domain_dev.tsv",
                                  ("out_of_domain_dev.tsv",), widths=(4,)))),
-    "glue/mrpc": GlueSet("First: {}\nSecond: {}\nDo both say the same?", NO_YES, (accuracy, f1),
+    "glue/mrpc": GlueSet("First: {}\nSecond: {}\nDo both say the same?", NO_YES,
+                         ("not_equivalent", "equivalent"), (accuracy, f1),
                          (Layout(MRPC),
                           Layout(MRPC, "msr_paraphrase_train.txt",
                                  test=("msr_paraphrase_test.txt",)))),
-    "glue/qqp": GlueSet("First: {}\nSecond: {}\nDo both ask the same?", NO_YES, (accuracy, f1),
+    "glue/qqp": GlueSet("First: {}\nSecond: {}\nDo both ask the same?", NO_YES,
+                        ("not_duplicate", "duplicate"), (accuracy, f1),
                         (Layout(("question1", "question2", "is_duplicate")),)),
     "glue/rte": GlueSet("Text: {}\nClaim: {}\nDoes the claim follow from the text?",
-                        {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                        FOLLOWS, tuple(FOLLOWS), (accuracy,),
                         (Layout(("sentence1", "sentence2", "label")),)),
     "glue/qnli": GlueSet("Query: {}\nText: {}\nDoes the text answer the query?",
-                         {"not_entailment": " no", "entailment": " yes"}, (accuracy,),
+                         FOLLOWS, tuple(FOLLOWS), (accuracy,),
                          (Layout(("question", "sentence", "label")),)),
     "glue/mnli": GlueSet("Text: {}\nClaim: {}\nGiven the text, is the claim true?",
                          {"contradiction": " no", "entailment": " yes", "neutral": " maybe"},
-                         (accuracy,),
+                         ("contradiction", "entailment", "neutral"), (accuracy,),
                          (Layout(("sentence1", "sentence2", "gold_label"),
                                  test=("dev_matched.tsv", "dev_mismatched.tsv")),)),
     "glue/stsb": GlueSet("First: {}\nSecond: {}\nHow close are they in meaning, from 0 to 5?",
-                         {str(i): f" {i}" for i in range(6)}, (pearson, spearman),
+                         {str(i): f" {i}" for i in range(6)}, ("score",),
+                         (pearson, spearman),
                          (Layout(("sentence1", "sentence2", "score")),
                           Layout((5, 6, 4), "sts-train.csv", "sts-dev.csv", ("sts-test.csv",),
                                  widths=(7, 9))), graded=True),
@@ -152,6 +156,28 @@ def expected_score(losses: list[float], scores: list[float]) -> float:
     return (p @ torch.tensor(scores, dtype=torch.float64)).item()
 
 
+def official(name: str, groups: list[str], gold: list, said: list) -> tuple[dict, dict]:
+    """Returns a set's official metrics and their counts; for MNLI, those of each dev file."""
+    pairs = defaultdict(list)
+    for group, *pair in zip(groups, gold, said):
+        pairs[group].append(pair)
+    values, counts = {}, {}
+    for group, of_group in pairs.items():
+        for metric in SETS[name].metrics:
+            title = f"{metric.__name__}_{group}" if group else metric.__name__
+            values[title] = metric(*zip(*of_group))
+            if metric is accuracy:          # the one that is a share of the items
+                counts[title] = len(of_group)
+    return values, counts
+
+
+class GlueByHead(HeadTask):
+    """Scores a set of GLUE by a trained head."""
+
+    def metrics(self, examples: list[Labelled], said: list) -> tuple[dict, dict]:
+        return official(self.name, [e.group for e in examples], [e.label for e in examples], said)
+
+
 class Glue(TextTask):
     """Scores a set of GLUE by the likeliest choice."""
 
@@ -160,26 +186,19 @@ class Glue(TextTask):
                               self.setup.max_length)
 
     def score(self, model, examples: list[Example]) -> Scores:
-        """Returns the set's official metrics; for MNLI, those of each dev file."""
         losses = choice_losses(model, self.setup, examples)
-        rows, pairs = [], defaultdict(list)
+        rows, gold, said = [], [], []
         for e, loss in zip(examples, losses):
             if isinstance(e, Graded):
-                gold, said = e.score, expected_score(loss, [float(word) for word in e.choices])
-                row = dict(answer=said, gold=gold)
+                gold.append(e.score)
+                said.append(expected_score(loss, [float(word) for word in e.choices]))
+                row = dict(answer=said[-1], gold=e.score)
             else:
-                gold, said = e.choices.index(e.target), loss.index(min(loss))
-                row = dict(answer=e.choices[said], gold=e.target)
-            pairs[e.group].append((gold, said))
+                gold.append(e.choices.index(e.target))
+                said.append(loss.index(min(loss)))
+                row = dict(answer=e.choices[said[-1]], gold=e.target)
             rows.append(dict(group=e.group, prompt=e.prompt) | row)
-        values, counts = {}, {}
-        for group, of_group in pairs.items():
-            for metric in SETS[self.name].metrics:
-                name = f"{metric.__name__}_{group}" if group else metric.__name__
-                values[name] = metric(*zip(*of_group))
-                if metric is accuracy:          # the one that is a share of the items
-                    counts[name] = len(of_group)
-        return Scores(values, counts, rows)
+        return Scores(*official(self.name, [e.group for e in examples], gold, said), rows)
 
 
 # ---- reading
@@ -214,27 +233,34 @@ def read_columns(path: Path, layout: Layout) -> list[tuple[int, list[str]]]:
     return [(number, [row[column] for column in columns]) for number, row in rows]
 
 
-def read_examples(path: Path, layout: Layout, spec: GlueSet) -> list[Example]:
+def read_examples(path: Path, layout: Layout, spec: GlueSet) -> list[Labelled]:
     """Reads the examples of a file.
 
     Raises UserError as read_columns() does, or if a row has no text, or no label of the set.
     """
-    examples, choices = [], tuple(spec.words.values())
+    examples, labels = [], list(spec.words)
     for number, (*texts, label) in read_columns(path, layout):
         if not any(texts):          # one text of a pair may be empty
             raise UserError(f"{path}:{number}: no text")
-        prompt, source = spec.template.format(*texts) + "\nAnswer:", f"{path}:{number}"
-        if spec.graded:
-            score = grade(label, source)
-            nearest = min(choices, key=lambda word: abs(float(word) - score))   # or the lower
-            examples.append(Graded(prompt, nearest, choices, source=source, score=score))
-        elif label in spec.words:
-            examples.append(Example(prompt, spec.words[label], choices,
-                                    group=GROUPS.get(path.name, ""), source=source))
-        else:
-            raise UserError(f"{path}:{number}: label {label[:60]!r} is none of "
-                            f"{', '.join(spec.words)}")
+        source = f"{path}:{number}"
+        if not spec.graded and label not in labels:
+            raise UserError(f"{source}: label {label[:60]!r} is none of {', '.join(labels)}")
+        value = grade(label, source) if spec.graded else labels.index(label)
+        examples.append(Labelled(texts[0], texts[1] if texts[1:] else None, value,
+                                 n=len(spec.labels), group=GROUPS.get(path.name, ""),
+                                 source=source))
     return examples
+
+
+def in_words(example: Labelled, spec: GlueSet) -> Example:
+    """Asks for an example's label by the set's template."""
+    texts = [text for text in (example.first, example.second) if text is not None]
+    prompt, choices = spec.template.format(*texts) + "\nAnswer:", tuple(spec.words.values())
+    if not spec.graded:
+        return Example(prompt, choices[example.label], choices, group=example.group,
+                       source=example.source)
+    nearest = min(choices, key=lambda word: abs(float(word) - example.label))   # or the lower
+    return Graded(prompt, nearest, choices, source=example.source, score=example.label)
 
 
 def grade(label: str, where: str) -> float:
@@ -248,9 +274,10 @@ def grade(label: str, where: str) -> float:
     return score
 
 
-def load(name: str, setup: Setup, data_dir: str) -> Glue:
+def load(name: str, setup: Setup, data_dir: str, head: bool | None = None) -> Task:
     """Reads a set of SETS from its folder.
 
+    head: answer by a trained head; None: on an encoder only.
     Raises UserError if the folder lacks the set's files, or if a line of them is wrong.
     """
     spec, folder = SETS[name], Path(data_dir)
@@ -272,6 +299,9 @@ def load(name: str, setup: Setup, data_dir: str) -> Glue:
         train, valid = hold_out(train, 1000, folder / layout.train)
     test = [example for file in layout.test
             for example in read_examples(folder / file, layout, spec)]
-    return Glue(name, train, valid, test, setup, {"epochs": 3, "batch_size": 16},
-                {"files": layout.files(), "template": spec.template,
-                 "choices": list(spec.words.values())})
+    defaults, notes = {"epochs": 3, "batch_size": 16}, {"files": layout.files()}
+    if uses_head(setup.config, head):
+        return GlueByHead(name, train, valid, test, setup, defaults, spec.labels, notes)
+    splits = ([in_words(e, spec) for e in split] for split in (train, valid, test))
+    return Glue(name, *splits, setup, defaults, notes | {"template": spec.template,
+                                                         "choices": list(spec.words.values())})

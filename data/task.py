@@ -81,6 +81,7 @@ class Task:
     out: batch_size, and steps or epochs. `notes` holds facts on the data for result.json.
     """
     loss_on = "all"
+    look = "--prompt TEXT"              # the flag of eval.py that shows what a run has learnt
     meaning: dict[str, str] = {}        # metric, or its part before a slash -> its explanation
 
     def __init__(self, name: str, train: list, valid: list, test: list, setup: Setup,

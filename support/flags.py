@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 
 from data import OPTIONS, TASKS, checked_options, options_in, options_of
+from data.recipes import RECIPES, recipe
 from data.task import BATCH_SIZE
 from formats.checkpoint import MAX_LENGTH
 from formats.peft import import_peft
 from formats.peft_files import find_adapters, read_peft_config
 from methods import METHODS, adapters, inject, state
 from support.errors import UserError, nearest
+from support.heads import DROPOUTS, dropouts, give_head, set_dropout
 from support.parser import Parser, default_device, device, flag
 from support.processes import process_count
 from support.run import (CHECKPOINT, FILES, PRECISIONS, ROOT, Flags, fingerprint, read_config,
@@ -38,6 +40,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                       help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
         what.add_argument(flag(name), **how)
+    what.add_argument("--recipe", help=f"fill in the flags that are left out as a paper has them "
+                                       f"for GLUE: {', '.join(RECIPES)} (data/recipes.py)")
     what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, in "
                       "a folder or on the hub, instead of --method, --rank, --alpha, --dropout, "
                       "--targets")
@@ -62,6 +66,10 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
             value = "" if default is None else f" ({default})"
         adapter.add_argument(flag(name), **how, help=f"{users}: {words}{value}")
     loop = parser.add_argument_group("loop")
+    loop.add_argument("--base-dropout", type=float, help="encoders: set this share of numbers to 0 "
+                      "in training, after each layer and in attention (the checkpoint's own)")
+    loop.add_argument("--head-dropout", type=float, help="encoders: the same in the head for "
+                      "labels (the checkpoint's own)")
     loop.add_argument("--lr", type=float, help="set the peak learning rate (the method's own, "
                                                "another for data/base than for larger models)")
     loop.add_argument("--weight-decay", type=float, default=0.0,
@@ -85,7 +93,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                       help=f"cut the prompt's start off where an example is longer than N tokens "
                            f"({MAX_LENGTH})")
     loop.add_argument("--loss-on", choices=("answer", "all"),
-                      help="train on the answer's tokens, or on the prompt's too (per task)")
+                      help="train on the answer's tokens, or on the prompt's too (per task; a head "
+                           "trains on labels)")
     loop.add_argument("--seed", type=int, default=0,
                       help="seed the adapters, data order, dropout and facts to rewrite (0)")
     loop.add_argument("--device", type=device, default=default_device(),
@@ -145,6 +154,8 @@ def check_flags(args: Namespace) -> None:
         if name in args.given:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
     checked_options(args.task, options_in(args))
+    if args.recipe is not None:
+        follow_recipe(args)
     if args.steps is not None and args.epochs is not None:
         raise UserError("give --steps or --epochs, not both")
     for name in ("rank", "steps", "batch_size", "eval_batch_size", "grad_accum", "max_length",
@@ -155,6 +166,9 @@ def check_flags(args: Namespace) -> None:
     for name, limit in (("weight_decay", math.inf), ("warmup", 10 ** 7), ("seed", 2 ** 32)):
         if getattr(args, name) is not None and not 0 <= getattr(args, name) < limit:
             raise UserError(f"{flag(name)} {getattr(args, name)}: must be from 0 to below {limit}")
+    for name in DROPOUTS:
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < 1:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: must be from 0 to below 1")
     lr, ratio = (args.lr or default_lr(args.method, args.model)), args.lr_ratio or 1.0
     if max(1.0, ratio) * lr > 1e3:
         raise UserError(f"--lr {lr}, --lr-ratio {ratio}: a learning rate above 1000")
@@ -166,6 +180,19 @@ def check_flags(args: Namespace) -> None:
         if args.overwrite and any(Path(args.out, name).exists()
                                   for name in ("config.json", *FILES)):
             read_config(args.out)       # only a run is overwritten, not a model's config.json
+
+
+def follow_recipe(args: Namespace) -> None:
+    """Fills in the flags of --recipe that the user left out and the method uses.
+
+    Raises UserError if there is no such recipe for the task.
+    """
+    settled = args.given | set(unused_flags(args.method))
+    settled |= set(ADAPTER_FLAGS) if args.from_peft is not None else set()
+    settled |= {"epochs"} if args.steps is not None else set()
+    for name, value in recipe(args.recipe, args.task).items():
+        if name not in settled:
+            setattr(args, name, value)
 
 
 def ships(model: str) -> bool:
@@ -180,13 +207,17 @@ def default_lr(method: str, model: str) -> float:
 
 
 def adapt(model, args: Namespace) -> list:
-    """Puts the adapters that the flags ask for into the model.
+    """Puts the head and the adapters that the flags ask for into the model.
 
-    Returns model.injected and a fingerprint of the adapters, for config.json.
+    Returns model.injected and a fingerprint of both, for config.json. Raises UserError if model and
+    flags do not go together.
     """
+    give_head(model, args.task, args.head)
+    set_dropout(model, args)
     method = METHODS[args.method]
     options = {name: value for name in method.options
                if (value := getattr(args, name)) is not None}
+    options |= {"whole": [model.label_head]} if model.label_head else {}
     if args.from_peft is not None and args.resume and not (
             Path(args.from_peft) / "adapter_config.json").exists():
         return adapt_again(model, args, options)
@@ -243,6 +274,7 @@ def resolve(args: Namespace, model, task) -> Flags:
     flags |= dict.fromkeys(unused_flags(args.method))
     flags |= dict.fromkeys(ADAPTER_FLAGS) if args.from_peft is not None else {}
     flags |= dict(max_length=task.setup.max_length, loss_on=task.loss_on)
+    flags |= dict.fromkeys(DROPOUTS) | dropouts(model.config)
     fill(batch_size=task.defaults["batch_size"])
     if flags["steps"] is None:
         epochs = args.epochs or task.defaults.get("epochs")

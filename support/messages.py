@@ -6,10 +6,12 @@ from argparse import Namespace
 
 import torch
 
+from data.recipes import recipe
 from data.task import Task
 from methods import METHODS, adapters, is_listed
 from support.errors import NotFinite, UserError, out_of_memory
 from support.flags import ships
+from support.heads import dropouts
 from support.processes import process_count
 from support.run import CHECKPOINT, Run
 
@@ -30,13 +32,20 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
               + "".join(f", {name} {getattr(args, name)}" for name in method.options
                         if getattr(args, name) is not None)
               + (f", lr_ratio {args.lr_ratio:g}" if method.layer.lr_ratio_parameters else ""))
+    if own := dropouts(model.config):
+        print("base dropout {base_dropout:g}, head dropout {head_dropout:g}".format(**own))
+    if args.recipe is not None:
+        same = {name: value for name, value in recipe(args.recipe, args.task).items()
+                if getattr(args, name) == value}
+        print(f"recipe {args.recipe}: " + ", ".join(
+            f"{name} {value if isinstance(value, str) else f'{value:g}'}"
+            for name, value in same.items()))
     if plan:
         print(plan)
     print(f"{len(task.train)} train, {len(task.valid)} valid, {len(task.test)} test examples; "
           f"loss on {args.loss_on}"
           + (f"; about {args.max_eval} of each split are scored" if args.max_eval else ""))
-    for what, happens in (("cut", f"lose the start of their prompt to --max-length "
-                                  f"{args.max_length}"),
+    for what, happens in (("cut", f"are cut to --max-length {args.max_length}"),
                           ("apart", "have a target that the tokenizer would join to the prompt's "
                                     "end; it stands apart")):
         if any(numbers := counts.get(what, {}).values()):
@@ -72,7 +81,7 @@ def print_result(args: Namespace, run: Run, task: Task, before: dict | None, aft
     print(f"{seconds:.0f} s; loss on {args.loss_on}; results in {run.folder}; next:")
     if not is_listed(args.method):
         print(f"  (first add {args.method} to methods.py: eval.py and convert.py look there)")
-    print(f"  python eval.py --run {shlex.quote(str(run.folder))} --prompt TEXT")
+    print(f"  python eval.py --run {shlex.quote(str(run.folder))} {task.look}")
 
 
 def script(argv: list[str] | None) -> str:

@@ -30,6 +30,7 @@ from data import OPTIONS
 from methods import METHODS, load, save, state
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, load_pickle, open_regular, writing
+from support.heads import give_head
 from support.parser import flag
 from support.processes import gathered, is_main, process_number
 
@@ -265,7 +266,8 @@ def read_config(folder: str | Path) -> dict:
     kinds = dict(model=str, task=str, method=str, dtype=str, loss_on=str, max_length=int,
                  max_eval=(int, NoneType), rank=(int, NoneType), lr=Number, seed=int, steps=int,
                  batch_size=int, targets=(str, NoneType), from_peft=(str, NoneType))
-    kinds |= {name: (how.get("type", str), NoneType) for name, how in OPTIONS.items()}
+    kinds |= {name: (bool if "action" in how else how.get("type", str), NoneType)
+              for name, how in OPTIONS.items()}
     if not path.exists():
         raise UserError(f"{folder}: not a run folder, it has no config.json")
     with open_regular(path) as file:
@@ -367,15 +369,17 @@ def check_base(folder: str, model, dtype: torch.dtype) -> None:
 
 
 def load_adapters(folder: str | Path, model, snapshot: Path | None = None) -> None:
-    """Puts the run's trained adapters into its base model, or those of a snapshot.
+    """Puts the run's head and trained adapters into its base model, or those of a snapshot.
 
     Raises UserError if there are none yet, or they are another run's.
     """
     file = snapshot or Path(folder) / "adapter.safetensors"
-    began = read_config(folder).get("adapters")
+    config = read_config(folder)
+    began = config.get("adapters")
     if not file.exists():
         raise UserError(f"{file}: is not there; python train.py --resume --out {folder} goes on "
                         "with the run")
+    give_head(model, config["args"]["task"], config["args"]["head"])
     load(model, file)
     if not isinstance(began, list) or model.injected not in began:
         raise UserError(f"{file}: not the adapters that the run trained, but of "

@@ -1,82 +1,89 @@
-"""Makes small random checkpoints of the encoder families with transformers, to compare with."""
-import functools
-import tempfile
+"""Makes small encoders with a tokenizer for tests of heads for labels, and a set of pairs."""
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
-import transformers
-from transformers import BertConfig, DebertaConfig, DebertaV2Config, RobertaConfig
 
-import convert
+from data.labels import Labelled
+from encoder import Encoder, EncoderConfig
+from support.errors import UserError
 
-transformers.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-
-VOCAB, LENGTH = 61, 40
-SMALL = dict(vocab_size=VOCAB, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
-             num_attention_heads=2, max_position_embeddings=48)     # D = 12, so that 3 D is 6^2
-DEBERTA = SMALL | dict(relative_attention=True, pos_att_type=["p2c", "c2p"], type_vocab_size=0,
-                       position_biased_input=False)
-V3 = DEBERTA | dict(position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True)
-
-CONFIGS = {
-    "bert": lambda **more: BertConfig(**SMALL, **more),
-    "roberta": lambda **more: RobertaConfig(
-        **SMALL | dict(type_vocab_size=1, layer_norm_eps=1e-5), **more),
-    "roberta with two types": lambda **more: RobertaConfig(**SMALL, **more),
-    "deberta": lambda **more: DebertaConfig(**DEBERTA, **more),
-    "deberta with a short reach": lambda **more: DebertaConfig(
-        **DEBERTA | dict(max_relative_positions=6), **more),
-    "deberta with one term": lambda **more: DebertaConfig(
-        **DEBERTA | dict(pos_att_type=["c2p"]), **more),
-    "deberta with positions and types": lambda **more: DebertaConfig(
-        **DEBERTA | dict(position_biased_input=True, type_vocab_size=2), **more),
-    "deberta-v3": lambda **more: DebertaV2Config(**V3, **more),
-    "deberta-v2 without buckets": lambda **more: DebertaV2Config(
-        **V3 | dict(position_buckets=-1, max_relative_positions=7), **more),
-    "deberta-v2 with a reach of its own": lambda **more: DebertaV2Config(
-        **V3 | dict(max_relative_positions=20), **more),
-    "deberta-v2 with layers of its own": lambda **more: DebertaV2Config(
-        **V3 | dict(share_att_key=False, norm_rel_ebd="none"), **more),
-    "deberta-v2 with one term": lambda **more: DebertaV2Config(
-        **V3 | dict(pos_att_type=["p2c"]), **more),
-}
-HEADS = {"base": transformers.AutoModel, "mlm": transformers.AutoModelForMaskedLM,
-         "labels": transformers.AutoModelForSequenceClassification}
+CLS, SEP = 1, 2
+WORDS = "red blue green one two three cat dog".split()
 
 
-def random_encoder(name: str, head: str, n_labels: int = 3, std: float = 0.3):
-    """Makes a transformers model in which every weight is random, those of norms and biases too."""
-    config = CONFIGS[name](num_labels=n_labels)
-    if head == "mlm" and "deberta" in name:
-        config.legacy = False
-    model = HEADS[head].from_config(config).eval()
-    torch.manual_seed(0)
-    for key, parameter in model.named_parameters():
-        mean = 1.0 if parameter.dim() == 1 and "LayerNorm.weight" in key else 0.0
-        torch.nn.init.normal_(parameter, mean=mean, std=std)
+class Tokenizer:
+    """Gives each word of WORDS a token; joins two sentences as BERT does, the longer one cut."""
+    vocab_size = 3 + len(WORDS)
+
+    def encode(self, text: str) -> list[int]:
+        return [3 + WORDS.index(word) for word in text.split()]
+
+    def pair(self, a: str, b: str | None, max_length: int) -> tuple[list[int], list[int]]:
+        if max_length < 4:
+            raise UserError(f"--max-length {max_length}: too small")
+        first, second = self.encode(a), None if b is None else self.encode(b)
+        while len(first) + 2 + (0 if b is None else len(second) + 1) > max_length:
+            max(first, second or [], key=len).pop()
+        ids = [CLS, *first, SEP]
+        if b is None:
+            return ids, [0] * len(ids)
+        return ids + [*second, SEP], [0] * len(ids) + [1] * (len(second) + 1)
+
+
+def config_of(family: str = "bert", **own) -> EncoderConfig:
+    types = 2 if family == "bert" else 0
+    return EncoderConfig(**dict(
+        vocab_size=Tokenizer.vocab_size, d_model=16, n_layers=2, n_heads=2, d_ff=32,
+        max_positions=32, model_type=family, pad=0, n_types=types,
+        has_positions=family != "deberta-v2", reach=8,
+        distance_terms=("c2p", "p2c") if family == "deberta-v2" else ()) | own)
+
+
+def encoder_of(family: str = "bert", dtype=torch.float32, **own) -> Encoder:
+    """Makes the same encoder at each call, with larger weights than BERT's, so that texts differ."""
+    model = Encoder(config_of(family, **own)).init_weights(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.mul_(8)
+    return model.to(dtype)
+
+
+def opens(monkeypatch, make, tokenizer=Tokenizer) -> None:
+    """Lets every command open make(dtype) as its model."""
+    def load_pretrained(path, dtype=None, device="cpu"):
+        model = make(dtype or torch.float32)
+        model.also_named = {}
+        return model, tokenizer()
+    for place in ("formats.checkpoint", "convert"):
+        monkeypatch.setattr(f"{place}.load_pretrained", load_pretrained)
+
+
+def rte_folder(folder: Path, n: int = 40) -> Path:
+    """Writes a set like RTE: the claim follows if both texts name the same colour."""
+    rng, rows = random.Random(0), []
+    for i in range(n):
+        colours = rng.sample(WORDS[:3], 2)
+        follows = i % 2
+        claim = f"{rng.choice(WORDS[3:6])} {colours[0] if follows else colours[1]}"
+        rows.append(f"{i}\t{rng.choice(WORDS[6:])} {colours[0]}\t{claim}\t"
+                    + ("entailment" if follows else "not_entailment"))
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / name).write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *rows]) + "\n")
+    return folder
+
+
+def labelled(*labels, **own) -> list[Labelled]:
+    """Makes an example of each label."""
+    texts = [("red cat", "one dog"), ("blue", None), ("green two dog red", "cat"), ("dog", "one")]
+    return [Labelled(*texts[i % len(texts)], label, **own) for i, label in enumerate(labels)]
+
+
+def head_of(rows: list[list[float]]):
+    """Makes a model whose head gives these outputs, whatever it reads."""
+    model = torch.nn.Linear(1, 1)
+    model.config = SimpleNamespace(pad=0, vocab_size=Tokenizer.vocab_size, max_positions=32)
+    model.classify = lambda tokens, mask, types=None: torch.tensor(rows)[:len(tokens)]
     return model
-
-
-FOLDERS = []            # keeps the objects: a folder is deleted when its object is
-
-
-@functools.cache
-def encoder(name: str, head: str, n_labels: int = 3):
-    """Returns the transformers model, its folder on disk, and our model read from there."""
-    theirs = random_encoder(name, head, n_labels)
-    FOLDERS.append(tempfile.TemporaryDirectory(prefix="encoder"))
-    folder = Path(FOLDERS[-1].name)
-    theirs.save_pretrained(folder)
-    return theirs, folder, convert.load_pretrained(folder)[0].eval()
-
-
-def some_texts(pad: int, length: int = LENGTH) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Draws tokens, mask and types (3, length); the second text is half padding."""
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, VOCAB, (3, length), generator=generator)
-    mask = torch.ones_like(tokens)
-    mask[1, max(1, length // 2):] = 0
-    tokens[mask == 0] = pad
-    types = (torch.arange(length) >= length // 3).long() * mask
-    return tokens, mask, types

@@ -130,7 +130,7 @@ def test_glues_own_files_are_read(name, how, tmp_path):
 def test_every_set_is_a_task():
     assert list(glue.SETS) == [name for name in TASKS if name.startswith("glue/")]
     assert {name.removeprefix("glue/") for name in glue.SETS} == LAYOUTS.keys()
-    assert list(options_of("glue/rte")) == ["data_dir"]
+    assert list(options_of("glue/rte")) == ["data_dir", "head"]
 
 
 def test_a_prompt_asks_in_words(tmp_path):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import transformers
 from checkpoints import edit, refusal, tensors_of, write
 from conftest import SHARED, needs
-from encoders import CONFIGS, HEADS, encoder, random_encoder, some_texts
+from encoder_checkpoints import CONFIGS, HEADS, encoder, random_encoder, some_texts
 
 from convert import load_pretrained, save_pretrained
 

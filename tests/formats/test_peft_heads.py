@@ -4,7 +4,7 @@ import peft
 import pytest
 import torch
 from checkpoints import refusal, tensors_of
-from encoders import HEADS, encoder, random_encoder, some_texts
+from encoder_checkpoints import HEADS, encoder, random_encoder, some_texts
 from safetensors.torch import load_file, save_file
 
 from convert import export_peft, import_peft, load_pretrained, save_pretrained
