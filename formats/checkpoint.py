@@ -152,7 +152,10 @@ def empty_model(config, folder: Path, tensors: dict[str, Stored]) -> Transformer
                         f"{len(layers)}")
     try:
         with torch.device("meta"):
-            return Transformer(config) if isinstance(config, Config) else Encoder(config)
+            model = Transformer(config) if isinstance(config, Config) else Encoder(config)
+            if "score.weight" in tensors:
+                model.add_head(tensors["score.weight"].shape[0])
+            return model
     except RuntimeError as error:               # two sizes whose product overflows
         raise UserError(f"{folder / 'config.json'}: impossible sizes: {error}") from None
 

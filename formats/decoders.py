@@ -246,6 +246,10 @@ def make_config_json(model, dtype: torch.dtype) -> dict:
            "eos_token_id": one_or_all(config.eos)}
     raw |= {key: getattr(config, name) for name, key in family.keys.items()
             if key not in family.fixed}
+    if model.score is not None:
+        raw |= {"architectures": [re.sub("(LMHeadModel|ForCausalLM)$", "ForSequenceClassification",
+                                         family.architecture)],
+                "id2label": {str(i): f"LABEL_{i}" for i in range(model.score.out_features)}}
     if config.is_gpt2:
         return raw | {"activation_function": "gelu_new"}
     raw |= {"hidden_act": "silu", "rope_theta": config.rope_theta,
@@ -269,6 +273,8 @@ def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
             raise UserError(f"{tensor.path}: {tensor.name} is there twice")
         if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:
             tensors[full] = tensor
+    if "score.weight" in tensors and "lm_head.weight" not in tensors:
+        config.tied = True              # a classifier: it has no use for a head for tokens
     # A tied model's file may repeat the embedding as lm_head, or hold it under that name only. If
     # the two differ, the config is wrong. Then both are kept. transformers 5 does the same.
     embed = next(theirs for theirs, ours in family.names.items() if ours == ["embed"]) + ".weight"

@@ -32,7 +32,7 @@ from formats.checkpoint import linear_names
 from formats.encoders import head_by_head, part_by_part
 from formats.huggingface import FAMILIES
 from formats.peft_files import find_adapters, read_peft_config, read_tensors
-from formats.peft_heads import count_labels, fit_head, parts_of, put_back, saved_modules
+from formats.peft_heads import fit_head, parts_of, put_back, saved_modules
 from formats.tensors import few_names
 from methods import adapters, inject, targets_for
 from support.errors import UserError, refuse_not_finite
@@ -168,7 +168,7 @@ def peft_config(model, modules: dict[str, Update], known, whole: list[str],
     alpha, alpha_pattern = pattern_of(alphas(modules))
     names = FAMILIES[model.config.model_type].names
     known = {*known, *(name for name in names if "{}" not in name)}
-    task = "SEQ_CLS" if whole else "CAUSAL_LM" if count_labels(model) is None else None
+    task = "SEQ_CLS" if whole else "CAUSAL_LM" if model.label_head is None else None
     return {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base,
             "modules_to_save": whole or None,
             "r": r, "lora_alpha": alpha,

@@ -44,14 +44,14 @@ def fit_head(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
     """
     if not head:
         return []
-    out = "head.out" if isinstance(model, Encoder) else "score"
+    encoder = isinstance(model, Encoder)
+    out, pooled = "head.out" if encoder else "score", encoder and model.config.has_pooler
     if f"{out}.weight" not in head:
         raise UserError(f"the head for labels lacks its last layer, there is only {few_names(head)}")
-    n_labels, kept = len(head[f"{out}.weight"]), parts_of(model)["config"].get("has_pooler")
-    old = getattr(model, "head" if isinstance(model, Encoder) else "score")
-    if old is None or n_labels != count_labels(model):
+    n_labels = len(head[f"{out}.weight"])
+    if model.label_head is None or model.get_parameter(f"{out}.weight").shape[0] != n_labels:
         model.add_head(n_labels)
-    if isinstance(model, Encoder) and not kept and "head.dense.weight" not in head:
+    if encoder and not pooled and "head.dense.weight" not in head:
         raise UserError("the pooler, which is a part of the head, is neither in the adapter nor in "
                         "the model: PEFT would draw it at random")
     filled = sorted({name.rpartition(".")[0] for name in head})
@@ -63,13 +63,6 @@ def fit_head(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
             raise UserError(f"{name}, of the head for labels, is {found}, the model's is "
                             f"{tuple(p.shape)}")
     return filled
-
-
-def count_labels(model: nn.Module) -> int | None:
-    """Returns the number of labels that the model's head scores, None without a head."""
-    last = model.head.out if isinstance(model, Encoder) and model.head else getattr(
-        model, "score", None)
-    return None if last is None else last.out_features
 
 
 def saved_modules(model: nn.Module, folder) -> tuple[list[str], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from checkpoints import refusal, tensors_of
 from encoder_checkpoints import HEADS, encoder, random_encoder, some_texts
+from reference import CONFIGS
 from safetensors.torch import load_file, save_file
 
 from convert import export_peft, import_peft, load_pretrained, save_pretrained
@@ -162,3 +163,59 @@ def test_an_adapter_of_the_pooler_is_refused(tmp_path):
     theirs_of("deberta-v3", ["query_proj", "dense"], modules=None).save_pretrained(tmp_path)
     assert "only the linear layers of attention and MLP" in refusal(
         import_peft, load_pretrained(encoder("deberta-v3", "labels")[1])[0], tmp_path)
+
+
+# ---- decoders: score.weight, on the last real token
+DECODERS = ["llama", "gpt2", "qwen2", "qwen3", "mistral"]
+
+
+def classifier(family, place, n_labels=3):
+    """Writes transformers' classifier with random weights; returns it."""
+    config = CONFIGS[family]()
+    config.num_labels, config.pad_token_id = n_labels, 0
+    theirs = HEADS["labels"].from_config(config).eval()
+    torch.manual_seed(2)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+    theirs.save_pretrained(place)
+    return theirs
+
+
+def same_labels(theirs, ours, atol=1e-5):
+    tokens = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(tokens)
+    mask[1, 5:], tokens[1, 5:] = 0, 0
+    with torch.no_grad():
+        right = theirs(tokens, attention_mask=mask).logits
+        torch.testing.assert_close(ours.classify(tokens, mask), right, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_s_classifier_goes_through_files_and_adapters(family, tmp_path):
+    theirs = classifier(family, tmp_path / "theirs")
+    ours = load_pretrained(tmp_path / "theirs")[0].eval()
+    same_labels(theirs, ours)
+    save_pretrained(ours, tmp_path / "ours")
+    back = HEADS["labels"].from_pretrained(tmp_path / "ours", pad_token_id=0).eval()
+    assert type(back) is type(theirs)
+    same_labels(back, ours)
+    # PEFT's adapters in, onto a decoder that has no such head; then out, and merged
+    targets = ["c_attn"] if family == "gpt2" else ["q_proj", "v_proj"]
+    adapted = peft.get_peft_model(back, peft.LoraConfig(
+        task_type="SEQ_CLS", r=3, target_modules=targets, init_lora_weights=False)).eval()
+    for key, p in adapted.named_parameters():
+        if "modules_to_save" in key:
+            p.data.add_(0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = load_pretrained(tmp_path / "theirs")[0].eval()
+    plain.score = None
+    import_peft(plain, tmp_path / "adapter")
+    same_labels(adapted, plain)
+    assert plain.injected["whole"] == ["score"]
+    export_peft(plain, tmp_path / "again")
+    again = peft.PeftModel.from_pretrained(HEADS["labels"].from_pretrained(
+        tmp_path / "ours", pad_token_id=0), tmp_path / "again").eval()
+    same_labels(again, plain)
+    save_pretrained(merge(plain), tmp_path / "merged")
+    same_labels(HEADS["labels"].from_pretrained(tmp_path / "merged", pad_token_id=0).eval(), plain,
+                1e-4)
