@@ -274,7 +274,7 @@ def resolve(args: Namespace, model, task) -> Flags:
     flags |= dict.fromkeys(unused_flags(args.method))
     flags |= dict.fromkeys(ADAPTER_FLAGS) if args.from_peft is not None else {}
     flags |= dict(max_length=task.setup.max_length, loss_on=task.loss_on)
-    flags |= dict.fromkeys(DROPOUTS) | dropouts(model.config)
+    flags |= dict.fromkeys(DROPOUTS) | dropouts(model)
     fill(batch_size=task.defaults["batch_size"])
     if flags["steps"] is None:
         epochs = args.epochs or task.defaults.get("epochs")

@@ -4,7 +4,7 @@ from argparse import Namespace
 import torch
 
 from data import labels_for
-from encoder import Encoder, EncoderConfig
+from encoder import Encoder
 from formats.checkpoint import say_once
 from support.errors import UserError
 from support.parser import flag
@@ -64,7 +64,7 @@ def set_dropout(model, flags: Namespace) -> None:
 
     Raises UserError if the user gave a flag for a decoder, which has no dropout.
     """
-    is_encoder = isinstance(model.config, EncoderConfig)
+    is_encoder = isinstance(model, Encoder)
     for name, fields in DROPOUTS.items():
         if not is_encoder and name in getattr(flags, "given", ()):
             raise UserError(f"{flag(name)}: only encoders have such dropout")
@@ -73,7 +73,7 @@ def set_dropout(model, flags: Namespace) -> None:
                 setattr(model.config, own, getattr(flags, name))
 
 
-def dropouts(config) -> dict[str, float]:
-    """Returns the value of each flag on dropout that the model has; none on a decoder."""
-    return {name: getattr(config, fields[0]) for name, fields in DROPOUTS.items()
-            if isinstance(config, EncoderConfig)}
+def dropouts(model) -> dict[str, float]:
+    """Returns the value of each flag on dropout that the model has; none if it is no encoder."""
+    return {name: getattr(model.config, fields[0]) for name, fields in DROPOUTS.items()
+            if isinstance(model, Encoder)}
