@@ -393,8 +393,8 @@ def test_two_processes_train_and_score_as_one(tmp_path):
     Path("driver.py").write_text(PROCESSES.format(root=str(tests.parent), tests=str(tests),
                                                   flags=flags))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-                           "--master-port", "0", "driver.py"], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+                           "--standalone", "driver.py"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     train.main([*flags, "--out", "one"])
     evaluation.main(["--run", "one", "--predictions", "one.jsonl"])
