@@ -46,6 +46,8 @@ class EncoderConfig:
     model_type: str = "roberta"         # the family: bert, roberta, deberta or deberta-v2 (v3 too)
     norm_eps: float = 1e-5
     pad: int = 1                        # the token that fills up a batch
+    bos: int | None = None
+    eos: list[int] = field(default_factory=list)
     n_types: int = 0                    # rows of the table of sentence types, 0: no table
     has_positions: bool = True          # adds a position's vector to its word's
     dropout: float = 0.1                # share of numbers set to 0 in training, after each layer
@@ -77,7 +79,8 @@ def table_rows(config: EncoderConfig, T: int) -> Tensor:
     r, span = torch.arange(1 - T, T), config.reach
     if config.buckets:
         span, mid = config.buckets, config.buckets // 2
-        far = torch.log(r.abs().clamp(min=mid) / mid) / math.log((config.reach - 1) / mid)
+        far = torch.log(r.abs().clamp(min=mid) / mid)
+        far = far / torch.log(torch.tensor((config.reach - 1) / mid))   # exactly 1 at reach - 1
         far = torch.ceil(far * (mid - 1)).long() + mid
         r = torch.where(r.abs() <= mid, r, r.sign() * far)
     return (r + span).clamp(0, 2 * span - 1)
@@ -89,7 +92,7 @@ def skewed(x: Tensor) -> Tensor:
     One row down is one column to the left, so a stride of 2 T - 2 between rows does it.
     """
     B, H, T, width = x.shape
-    return x.as_strided((B, H, T, T), (H * T * width, T * width, width - 1, 1), T - 1)
+    return x.as_strided((B, H, T, T), (*x.stride()[:2], width - 1, 1), x.storage_offset() + T - 1)
 
 
 class Attention(nn.Module):
@@ -120,7 +123,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p)
         else:
             scores = self.scores(q, k, *distances)                              # (B, H, T, T)
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
             y = F.dropout(scores.softmax(-1), p) @ v
         return self.o(y.transpose(1, 2).flatten(2))                             # (B, T, C)
 
@@ -139,10 +142,10 @@ class Attention(nn.Module):
             rows = F.dropout(rows, self.config.dropout, self.training)
         if "c2p" in terms:
             K_r = self.heads((self.pos_k or self.k)(rows)[row_of.flip(0)])      # (H, 2 T - 1, D)
-            scores = scores + skewed(q @ K_r.transpose(-1, -2))
+            scores += skewed(torch.einsum("bhid,hrd->bhir", q, K_r))
         if "p2c" in terms:
             Q_r = self.heads((self.pos_q or self.q)(rows)[row_of]) / scale
-            scores = scores + skewed(k @ Q_r.transpose(-1, -2)).transpose(-1, -2)
+            scores += skewed(torch.einsum("bhjd,hrd->bhjr", k, Q_r)).transpose(-1, -2)
         return scores
 
 
@@ -257,7 +260,7 @@ class Encoder(nn.Module):
         kept = self.head and self.head.dense
         config.n_labels, config.labels = n_labels, []
         config.has_mlm, config.has_pooler = False, True
-        self.mlm_head, self.head = None, LabelHead(config).to(device, dtype)
+        self.mlm_head, self.head = None, LabelHead(config).to(device, dtype).train(self.training)
         for layer in (self.head.dense, self.head.out):
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)

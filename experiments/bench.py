@@ -13,6 +13,7 @@ The parts:
     generate    tokens a second
     load        a checkpoint: time and peak memory
     score       items of `mini` that eval.py scores in a second
+    encoder     DeBERTa-v3: forward, backward, the memory that attention holds
 peft, transformers and safetensors' own reader stand beside our code if they are installed
 (requirements-dev.txt). A method that costs.py has no formulas for is "not mapped"; its time and
 memory are measured as any other's.
@@ -38,6 +39,7 @@ from data.task import Setup
 from experiments import costs
 from experiments.contenders import (AUTOGRAD_DUALS, OURS, RANK, TARGETS, llama, measure_steps,
                                     one_layer, one_model, ratio)
+from experiments.encoders import SHAPES, encoder_part
 from experiments.growth import draw_growth, measure_growth
 from experiments.profiling import (flops, kept_for_backward, median_and_spread, megabytes,
                                    peak_resident_bytes, print_table, race, timed)
@@ -264,7 +266,7 @@ def score_part(args: Namespace) -> list[dict]:
 # ---- the command
 BENCH_PARTS = {"layer": layer_part, "model": model_part, "growth": growth_part,
                "sizes": sizes_part, "generate": generate_part, "load": load_part,
-               "score": score_part}
+               "score": score_part, "encoder": encoder_part}
 
 
 def goals(found: dict) -> list[tuple[str, float, float]]:
@@ -290,6 +292,12 @@ def goals(found: dict) -> list[tuple[str, float, float]]:
         if "transformers" in (rows := at("generate", size=size, batch=16)):
             lines.append((f"generation, 16 prompts, {size} model: time / transformers'",
                           ratio(rows, "ours", "transformers"), 0.5))
+    texts, length = SHAPES[0]
+    if "transformers" in (rows := at("encoder", texts=texts, length=length)):
+        name = f"DeBERTa, {texts} texts of {length} tokens: "
+        lines += [(name + "time / transformers'", ratio(rows, "ours", "transformers"), 0.85),
+                  (name + "memory held by attention / transformers'",
+                   ratio(rows, "ours", "transformers", "kept_bytes"), 0.5)]
     loading = at("load").get("load_pretrained")
     if loading and loading["peak_bytes"]:
         lines.append(("loading: peak memory / the model's",

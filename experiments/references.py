@@ -47,19 +47,19 @@ def model_of_peft(pretrained: Transformer, name: str, tokens: torch.Tensor,
     return Contender(model, loss, [read, gold], bf16=bf16)
 
 
-def in_transformers(model: Transformer) -> nn.Module:
-    """Loads the same weights into transformers' class."""
+def in_transformers(model: nn.Module, kind: str = "AutoModelForCausalLM") -> nn.Module:
+    """Loads the same weights into transformers' class, which its class `kind` finds."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        return load_in_transformers(folder, dtype=model.embed.weight.dtype)
+        return load_in_transformers(folder, kind, dtype=model.embed.weight.dtype)
 
 
-def load_in_transformers(folder: str, **options) -> nn.Module:
+def load_in_transformers(folder: str, kind: str = "AutoModelForCausalLM", **options) -> nn.Module:
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="transformers")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    return getattr(transformers, kind).from_pretrained(folder, **options)
 
 
 def generation_of_transformers(model: Transformer, prompts: torch.Tensor, n: int) -> Callable:

@@ -13,6 +13,7 @@ from pathlib import Path
 from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
                          BPETokenizer, order_tokens)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
+from formats.pairs import FAMILIES, find_class, find_family
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
 from support.errors import UserError
 from support.files import atomic_write
@@ -66,6 +67,8 @@ def load_tokenizer_json(path: Path, spec: dict) -> Tokenizer:
         tokens = order_tokens(path, model["vocab"], path, read_merges(model),
                               model.get("ignore_merges"),
                               [token["content"] for token in added])
+        if find_class(path.parent) in FAMILIES:     # these classes disregard the file's own
+            prefix_space = read_prefix_space(path.parent)
         if model.get("unk_token") and None in tokens.values():
             raise UserError(f"{path}: unk_token is not supported where the vocabulary lacks bytes")
     make = partial(BPETokenizer, split=split, tokens=tokens, vocab=model["vocab"],
@@ -101,11 +104,14 @@ def load_vocab_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     """Loads a vocabulary and its merges.
 
     These files name no split pattern. A Qwen checkpoint has Qwen's and normalizes (NFC), any other
-    has GPT-2's.
+    has GPT-2's, also RoBERTa and DeBERTa v1. A vocabulary of single characters and special tokens,
+    such as that of proteins, needs no merges.
     """
     folder, vocab, pairs = vocab_path.parent, read_table(vocab_path), []
-    lines = read_bytes(merges_path).decode("utf-8", "replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    text = b""
+    if merges_path.exists() or any(len(token) > 1 and token[0] not in "<[" for token in vocab):
+        text = read_bytes(merges_path)
+    for number, line in enumerate(text.decode("utf-8", "replace").split("\n"), 1):
         line = line.rstrip("\r")
         if line and not line.startswith("#version"):
             pairs.append(tuple(line.split(" ")))
@@ -116,11 +122,17 @@ def load_vocab_merges(vocab_path: Path, merges_path: Path) -> Tokenizer:
     qwen = str(kind).lower().startswith("qwen")
     make = partial(BPETokenizer, split=QWEN_SPLIT if qwen else GPT2_SPLIT, vocab=vocab, nfc=qwen,
                    tokens=order_tokens(vocab_path, vocab, merges_path, pairs),
-                   prefix_space=bool(settings.get("add_prefix_space")))
+                   prefix_space=read_prefix_space(folder))
     usual, roles = "<|endoftext|>", ("eos", "pad" if qwen else "bos")   # of transformers' classes
-    added = [{"content": usual, "id": vocab[usual]}] if usual in vocab else []
-    return build_tokenizer(make, vocab_path, vocab, added,
-                           {role: vocab.get(usual) for role in roles})
+    if usual not in vocab or find_family(folder):       # an encoder has other special tokens
+        return build_tokenizer(make, vocab_path, vocab, [], {})
+    return build_tokenizer(make, vocab_path, vocab, [{"content": usual, "id": vocab[usual]}],
+                           {role: vocab[usual] for role in roles})
+
+
+def read_prefix_space(folder: Path) -> bool:
+    """Reads whether tokenizer_config.json wants a space before the text."""
+    return bool(read_json_if_there(folder / "tokenizer_config.json").get("add_prefix_space"))
 
 
 def load_ranks(path: Path) -> Tokenizer:

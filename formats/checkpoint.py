@@ -20,16 +20,19 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from formats.huggingface import (BUFFERS, DTYPES, FAMILIES, SMALL, TEXTS, Stored, all_stored,
-                                 describe_cap, few_names, is_conv1d, make_config_json, map_names,
-                                 one_or_all, parse_config, read_model_config)
+from encoder import Encoder
+from formats.decoders import describe_cap, one_or_all
+from formats.huggingface import (SMALL, TEXTS, by_full_name, from_file, is_conv1d, make_config_json,
+                                 map_names, parse_config, read_model_config, to_file)
 from formats.json_files import read_json
+from formats.tensors import DTYPES, Stored, few_names
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, open_regular
 from support.processes import is_main
 
+IN_TENSORS = ("n_labels", "has_pooler", "has_mlm")     # what no config.json needs to say
 MAX_LENGTH = 256        # tokens of an example, unless a command says otherwise
 
 
@@ -53,7 +56,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     refuse_adapters(folder)
     config, named = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer is not None:
+    if tokenizer is not None and isinstance(config, Config):
         if tokenizer.eos is None:
             tokenizer.eos = next(iter(config.eos), None)
         elif tokenizer.eos not in config.eos and tokenizer.eos < config.vocab_size:
@@ -69,7 +72,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     # is still small. So the peak of memory stays near the model's own size.
     for full in sorted(tensors, key=lambda full: math.prod(tensors[full].shape), reverse=True):
         whole = tensors.pop(full).read()
-        whole = whole.t() if is_conv1d(full) else whole
+        whole = from_file(full, whole, config)
         lengths = [model.get_parameter(ours).shape[0] for ours in plan[full]]
         for ours, part in zip(plan[full], whole.split(lengths)):
             owner, _, leaf = ours.rpartition(".")
@@ -80,7 +83,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
         del whole, part                         # unmaps the file
     names = linear_names(model)
     model.also_named = names | {"all-linear": [ours for paths in names.values() for ours in paths]}
-    if cap := describe_cap(config):
+    if isinstance(config, Config) and (cap := describe_cap(config)):
         say_once(f"{path_or_repo}: {cap}")
     return model, tokenizer
 
@@ -93,12 +96,12 @@ def say_once(line: str) -> None:
 
 
 def linear_names(model) -> dict[str, list[str]]:
-    """Maps the checkpoint's name of each linear layer but the head to the paths of our layers."""
-    linear = {name for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) or hasattr(module, "base")}
+    """Maps the checkpoint's name of each linear layer but a head's to the paths of our layers."""
+    linear = {name for name, module in model.named_modules() if name.startswith("layers.")
+              and (isinstance(module, nn.Linear) or hasattr(module, "base"))}
     full = map_names(model.config, {f"{name}.weight" for name in linear})
     return {theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in ours]
-            for theirs, ours in full.items() if theirs != "lm_head.weight"}
+            for theirs, ours in full.items()}
 
 
 def refuse_adapters(folder: Path) -> None:
@@ -138,31 +141,7 @@ def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,
         raise UserError(f"{repo}: no such folder, and not fetched from the hub: {reason}") from None
 
 
-def by_full_name(folder: Path, config: Config) -> dict[str, Stored]:
-    """Lists the tensors that fill the model: their names in the tables -> the tensors.
-
-    The head of a tied model fills the embedding if the file has no embedding. Sets config.tied to
-    False if the two differ.
-    """
-    tensors, family = {}, FAMILIES[config.model_type]
-    for tensor in all_stored(folder):
-        headless = not tensor.name.startswith((family.prefix, "lm_head."))
-        full = family.prefix * headless + tensor.name
-        if full in tensors:
-            raise UserError(f"{tensor.path}: {tensor.name} is there twice")
-        if re.sub(r"\.\d+\.", ".{}.", full, count=1) not in BUFFERS:
-            tensors[full] = tensor
-    # A tied model's file may repeat the embedding as lm_head, or hold it under that name only. If
-    # the two differ, the config is wrong. Then both are kept. transformers 5 does the same.
-    embed = next(theirs for theirs, ours in family.names.items() if ours == ["embed"]) + ".weight"
-    if config.tied and "lm_head.weight" in tensors:
-        head = tensors.pop("lm_head.weight")
-        if not torch.equal(head.read(), tensors.setdefault(embed, head).read()):
-            config.tied, tensors["lm_head.weight"] = False, head
-    return tensors
-
-
-def empty_model(config: Config, folder: Path, tensors: dict[str, Stored]) -> Transformer:
+def empty_model(config, folder: Path, tensors: dict[str, Stored]) -> Transformer | Encoder:
     """Builds the model without memory for its weights, on torch's "meta" device.
 
     Raises UserError if the config asks for another number of layers or for impossible sizes.
@@ -173,12 +152,15 @@ def empty_model(config: Config, folder: Path, tensors: dict[str, Stored]) -> Tra
                         f"{len(layers)}")
     try:
         with torch.device("meta"):
-            return Transformer(config)
+            model = Transformer(config) if isinstance(config, Config) else Encoder(config)
+            if "score.weight" in tensors:
+                model.add_head(tensors["score.weight"].shape[0])
+            return model
     except RuntimeError as error:               # two sizes whose product overflows
         raise UserError(f"{folder / 'config.json'}: impossible sizes: {error}") from None
 
 
-def match_tensors(model: Transformer, tensors: dict[str, Stored],
+def match_tensors(model, tensors: dict[str, Stored],
                   folder: Path) -> dict[str, list[str]]:
     """Matches the tensors to the model's parameters, as map_names() does.
 
@@ -201,7 +183,7 @@ def match_tensors(model: Transformer, tensors: dict[str, Stored],
     return plan
 
 
-def save_pretrained(model: Transformer, path: str | Path) -> None:
+def save_pretrained(model: Transformer | Encoder, path: str | Path) -> None:
     """Writes config.json and model.safetensors, which load_pretrained and transformers read.
 
     If the positions were capped, config.json keeps the original window and
@@ -216,9 +198,10 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
                         f"no {config.model_type}: {few_names(odd)}")
     for name, tensor in state.items():
         refuse_not_finite(tensor, f"{path}: {name}")
-    raw = make_config_json(config, model.embed.weight.dtype)
+    raw = make_config_json(model, model.embed.weight.dtype)
     read_back = asdict(parse_config(raw))
-    lost = [name for name, value in asdict(config).items() if read_back[name] != value]
+    lost = [name for name, value in asdict(config).items()
+            if name not in IN_TENSORS and read_back[name] != value]
     if lost:
         raise UserError(f"{path}: a {config.model_type} config.json cannot say this "
                         f"{few_names(lost)}")
@@ -226,7 +209,7 @@ def save_pretrained(model: Transformer, path: str | Path) -> None:
     for full, names in plan.items():
         parts = [state[name] for name in names]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-        tensors[full] = (whole.t() if is_conv1d(full) else whole).contiguous()
+        tensors[full] = to_file(full, whole, config).contiguous()
     with atomic_write(path / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     with atomic_write(path / "config.json") as temporary:

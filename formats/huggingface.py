@@ -1,152 +1,38 @@
-"""Knows the form of a Hugging Face checkpoint: its names, its config.json, its files.
+"""Knows the form of a Hugging Face checkpoint, whichever family's it is.
 
 A checkpoint is a folder. Its config.json tells the shape of the model. Its *.safetensors (or
-pytorch_model.bin) hold named tensors. checkpoint.py reads and writes whole checkpoints, peft.py
-adapters. rope.py reads the part of config.json on rotary positions.
-    1. tables    of each family: tensor names there -> here, keys of config.json -> Config fields
-    2. config    config.json <-> Config, and what model.py cannot compute
-    3. files     the names, shapes and dtypes of tensors, before any tensor is read
+pytorch_model.bin) hold named tensors. decoders.py and encoders.py have the names of each family,
+tensors.py reads the files. checkpoint.py reads and writes whole checkpoints, peft.py adapters.
 """
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from formats.json_files import read_json, read_json_if_there, read_value
-from formats.rope import OLD, parse_rope
+from encoder import EncoderConfig
+from formats import decoders, encoders
+from formats.json_files import read_json, read_json_if_there
+from formats.tensors import DTYPES, Stored
 from model import Config
-from support.errors import UserError, refuse_not_finite
-from support.files import load_pickle, open_regular
+from support.errors import UserError
 
-# ---- 1. tables. {} is the layer's number. Each name has a .weight, and a .bias if that is used.
-
-LLAMA = {
-    "model.embed_tokens": ["embed"],
-    "model.layers.{}.input_layernorm": ["layers.{}.attn_norm"],
-    "model.layers.{}.self_attn.q_proj": ["layers.{}.attn.q"],
-    "model.layers.{}.self_attn.k_proj": ["layers.{}.attn.k"],
-    "model.layers.{}.self_attn.v_proj": ["layers.{}.attn.v"],
-    "model.layers.{}.self_attn.o_proj": ["layers.{}.attn.o"],
-    "model.layers.{}.self_attn.q_norm": ["layers.{}.attn.q_norm"],          # Qwen3
-    "model.layers.{}.self_attn.k_norm": ["layers.{}.attn.k_norm"],          # Qwen3
-    "model.layers.{}.post_attention_layernorm": ["layers.{}.mlp_norm"],
-    "model.layers.{}.mlp.gate_proj": ["layers.{}.mlp.gate"],
-    "model.layers.{}.mlp.up_proj": ["layers.{}.mlp.up"],
-    "model.layers.{}.mlp.down_proj": ["layers.{}.mlp.down"],
-    "model.norm": ["norm"],
-    "lm_head": ["head"],
-}
-GPT2 = {
-    "transformer.wte": ["embed"],
-    "transformer.wpe": ["positions"],
-    "transformer.h.{}.ln_1": ["layers.{}.attn_norm"],
-    "transformer.h.{}.attn.c_attn": ["layers.{}.attn.q", "layers.{}.attn.k", "layers.{}.attn.v"],
-    "transformer.h.{}.attn.c_proj": ["layers.{}.attn.o"],
-    "transformer.h.{}.ln_2": ["layers.{}.mlp_norm"],
-    "transformer.h.{}.mlp.c_fc": ["layers.{}.mlp.up"],
-    "transformer.h.{}.mlp.c_proj": ["layers.{}.mlp.down"],
-    "transformer.ln_f": ["norm"],
-    "lm_head": ["head"],
-}
-# Three kinds of tensors need work:
-# - c_attn is one layer that computes q, k and v. Its outputs are split among our three Linears.
-# - OpenAI's GPT-2 kept its weights (in, out), and transformers' Conv1D still does. We transpose.
-CONV1D = ("c_attn", "c_proj", "c_fc")
-# - Old files hold causal masks and rotary frequencies. The model computes these: we skip them.
-BUFFERS = ("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias",
-           "model.layers.{}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
-
-LLAMA_KEYS = {                                  # Config field: key in config.json
-    "vocab_size": "vocab_size", "d_model": "hidden_size", "n_layers": "num_hidden_layers",
-    "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim",
-    "d_ff": "intermediate_size", "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps", "qkv_bias": "attention_bias", "mlp_bias": "mlp_bias",
-}
-GPT2_KEYS = LLAMA_KEYS | {
-    "d_model": "n_embd", "n_layers": "n_layer", "n_heads": "n_head", "n_kv_heads": "n_head",
-    "d_ff": "n_inner", "max_positions": "n_positions", "norm_eps": "layer_norm_epsilon",
-}
-# Options that change the result -> the values with which model.py computes the same.
-APPLIED = {"hidden_act": ["silu", "swish"],     # two names of one function
-           "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
-                                   "gelu_fast", "gelu_accurate"],       # five names of one
-           "scale_attn_weights": [True], "scale_attn_by_inverse_layer_idx": [False],
-           "add_cross_attention": [False], "partial_rotary_factor": [1],
-           "quantization_config": []}
-
-
-@dataclass
-class Family:
-    """Lists what differs between the files of two model types."""
-    architecture: str                   # transformers' class
-    prefix: str                         # files of a model saved without its head lack it
-    names: dict[str, list[str]]         # a tensor's name there -> its names here
-    keys: dict[str, str]                # Config field -> key of config.json
-    defaults: dict                      # key -> the value that transformers assumes without it
-    fixed: dict                         # key -> the value that transformers' code always takes
-
-
-def llama_like(architecture: str, defaults: dict, fixed: dict) -> Family:
-    """Makes a family with LLaMA's names, keys and common defaults."""
-    common = {"head_dim": None, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-              "attention_bias": False, "mlp_bias": False, "bos_token_id": None,
-              "eos_token_id": None, "pad_token_id": None}
-    return Family(architecture, "model.", LLAMA, LLAMA_KEYS, common | defaults, fixed)
-
-
-FAMILIES = {                            # by config.json's model_type
-    "gpt2": Family("GPT2LMHeadModel", "transformer.", GPT2, GPT2_KEYS, {
-        "n_positions": 1024, "n_inner": None, "layer_norm_epsilon": 1e-5, "pad_token_id": None,
-        "bos_token_id": 50256, "eos_token_id": 50256, "tie_word_embeddings": True},
-        {"head_dim": None, "attention_bias": True, "mlp_bias": True}),
-    "llama": llama_like("LlamaForCausalLM", {
-        "num_key_value_heads": None, "max_position_embeddings": 2048,
-        "bos_token_id": 1, "eos_token_id": 2}, {}),
-    "mistral": llama_like("MistralForCausalLM", {
-        "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
-        "bos_token_id": 1, "eos_token_id": 2}, {"attention_bias": False, "mlp_bias": False}),
-    "qwen2": llama_like("Qwen2ForCausalLM", {
-        "num_key_value_heads": 32, "max_position_embeddings": 32768},
-        {"attention_bias": True, "mlp_bias": False}),               # on q, k, v, not on o
-    "qwen3": llama_like("Qwen3ForCausalLM", {
-        "num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-        {"mlp_bias": False}),
-}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
-          "float64": torch.float64}
-SAFE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
-               "F64": torch.float64}
+FAMILIES = decoders.FAMILIES | encoders.FAMILIES        # by config.json's model_type
 # The files that tell how to write with a model; all files to fetch beside the tensors.
 TEXTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
-         "vocab.bpe", "tokenizer.model", "*.tiktoken"]
+         "vocab.bpe", "tokenizer.model", "*.tiktoken", "vocab.txt", "spm.model"]
 SMALL = ["config.json", "adapter_config.json", "*.index.json", *TEXTS]
 
 
-def map_names(config: Config, ours: set[str]) -> dict[str, list[str]]:
-    """Maps each full name in a checkpoint to the names of ours that its tensor fills.
-
-    ours: the names of the model's parameters.
-    """
-    return {f"{theirs.format(layer)}.{kind}": [f"{name.format(layer)}.{kind}" for name in names]
-            for theirs, names in FAMILIES[config.model_type].names.items()
-            for layer in range(config.n_layers) for kind in ("weight", "bias")
-            if f"{names[0].format(layer)}.{kind}" in ours}
+def form_of(kind: str):
+    """Returns the file that knows a model_type: encoders.py or decoders.py."""
+    return encoders if kind in encoders.FAMILIES else decoders
 
 
-def is_conv1d(full: str) -> bool:
-    """Tells whether the file keeps this weight (in, out)."""
-    return full.rpartition(".")[0].endswith(CONV1D)
+def read_model_config(folder: Path) -> tuple[Config | EncoderConfig, torch.dtype | None]:
+    """Reads config.json and generation_config.json -> the config, and the dtype or None.
 
-
-# ---- 2. config
-
-def read_model_config(folder: Path) -> tuple[Config, torch.dtype | None]:
-    """Reads config.json and generation_config.json -> Config, and the dtype or None.
-
-    Raises UserError, which names the file, if model.py cannot compute this model.
+    Raises UserError, which names the file, if this model cannot be computed here.
     """
     path, extra = folder / "config.json", folder / "generation_config.json"
     raw, generation = read_json(path), read_json_if_there(extra)
@@ -156,13 +42,14 @@ def read_model_config(folder: Path) -> tuple[Config, torch.dtype | None]:
         if name not in [None, "auto", *DTYPES]:
             raise UserError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
         path = extra                    # its eos counts: LLaMA-3 instruct ends its turns with one
-        config.eos = list(dict.fromkeys(config.eos + token_ids(generation, "eos_token_id")))
+        more = decoders.token_ids(generation, "eos_token_id")
+        config.eos = list(dict.fromkeys(config.eos + more))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config, DTYPES.get(name)
 
 
-def parse_config(raw: dict) -> Config:
+def parse_config(raw: dict) -> Config | EncoderConfig:
     """Parses the contents of a config.json.
 
     Raises UserError if a value is missing or absurd, or an option is not computed here.
@@ -170,206 +57,51 @@ def parse_config(raw: dict) -> Config:
     kind = raw.get("model_type")
     if kind not in list(FAMILIES):
         raise UserError(f"model_type must be one of {', '.join(FAMILIES)}, found {kind!r}")
-    for key, values in APPLIED.items():
-        if raw.get(key) is not None and raw[key] not in values:
-            raise UserError(f"{key} {str(raw[key])[:200]!r} is not supported")
-    family = FAMILIES[kind]
-    raw, keys = family.defaults | raw | family.fixed, family.keys
-    width, heads = (read_value(raw, keys[name], "size") for name in ("d_model", "n_heads"))
-    if raw["head_dim"] is None and width % heads:
-        raise UserError(f"{heads} heads do not divide a width of {width}")
-    fallbacks = {"head_dim": width // heads, "num_key_value_heads": heads, "n_inner": 4 * width}
-    raw |= {key: value for key, value in fallbacks.items() if raw.get(key) is None}
-    sizes = {name: read_value(raw, keys[name], "size") for name in (
-        "vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff",
-        "max_positions")}
-    qkv_bias = read_value(raw, "attention_bias", "flag")
-    config = Config(
-        **sizes, model_type=kind, norm_eps=read_value(raw, keys["norm_eps"], "number"),
-        qkv_bias=qkv_bias, o_bias=qkv_bias and kind != "qwen2", qk_norm=kind == "qwen3",
-        mlp_bias=read_value(raw, "mlp_bias", "flag"),
-        tied=read_value(raw, "tie_word_embeddings", "flag"),
-        bos=(token_ids(raw, "bos_token_id") or [None])[0], eos=token_ids(raw, "eos_token_id"),
-        pad=(token_ids(raw, "pad_token_id") or [None])[0])
-    if heads % config.n_kv_heads or config.head_dim % 2 and kind != "gpt2":
-        raise UserError(f"{heads} query heads must be a multiple of {config.n_kv_heads} key/value "
-                        f"heads, and head_dim {config.head_dim} even")
-    if kind != "gpt2":
-        config.rope_theta, config.rope_scaling = parse_rope(raw, config.head_dim)
-        cap_positions(raw, config)
-    return config
+    return form_of(kind).parse_config(raw)
 
 
-def token_ids(raw: dict, key: str) -> list[int]:
-    """Returns raw[key], which is a token id, a list of them or null, as a list.
+def make_config_json(model, dtype: torch.dtype) -> dict:
+    """Makes the contents of a config.json, in the older dialect, which transformers 5 reads too."""
+    return form_of(model.config.model_type).make_config_json(model, dtype)
 
-    Some files write null as -1. Raises UserError if it is anything else.
+
+def by_full_name(folder: Path, config: Config | EncoderConfig) -> dict[str, Stored]:
+    """Lists the tensors that fill the model: their names in the tables -> the tensors.
+
+    Says in the config what only the tensors tell: which heads there are. Raises UserError if a
+    tensor is there twice.
     """
-    value = raw.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(v) is not int for v in values):
-        raise UserError(f"{key} must be a token id or null, found {value!r}")
-    return [v for v in values if v >= 0]
+    return form_of(config.model_type).by_full_name(folder, config)
 
 
-def one_or_all(ids: list[int]) -> int | list[int] | None:
-    """Returns what config.json holds for these token ids: one, a list of them, or null."""
-    return ids[0] if len(ids) == 1 else ids or None
+def map_names(config: Config | EncoderConfig, ours: set[str]) -> dict[str, list[str]]:
+    """Maps each full name in a checkpoint to the names of ours that its tensor fills.
 
-
-def cap_positions(raw: dict, config: Config) -> None:
-    """Caps max_positions at the length beyond which model.py would compute something else.
-
-    model.py lets a token attend to all before it. A sliding window of W shows a token itself and
-    W - 1 before it. So both are the same up to W tokens. LongRoPE is the same up to the length of
-    the pretraining. config.beyond keeps what config.json says, for save_pretrained.
-    Raises UserError if the window is absurd, or layers attend in a third way.
+    ours: the names of the model's parameters. A name of the tables that ends in .weight or .bias is
+    a tensor's, any other a module's.
     """
-    ends, window = [config.max_positions], False
-    if config.model_type != "llama":
-        raw = {"sliding_window": 4096} | raw
-        window = slides(raw, config)
-        ends += [raw["sliding_window"]] * window
-    if config.rope_scaling and config.rope_scaling["rope_type"] == "longrope":
-        ends.append(config.rope_scaling[OLD])
-    if window or min(ends) < config.max_positions:
-        config.max_positions = min(ends)
-        config.beyond = {key: raw[key] for key in (
-            "max_position_embeddings", "sliding_window", "use_sliding_window", "max_window_layers",
-            "layer_types") if key in raw}
-
-
-def slides(raw: dict, config: Config) -> bool:
-    """Tells whether any layer attends through a window. Raises as cap_positions() does."""
-    if config.model_type == "mistral":
-        found = raw["sliding_window"] is not None
-    elif raw.get("layer_types") is not None:    # since transformers 5: a word for each layer
-        layers, words = raw["layer_types"], ("full_attention", "sliding_attention")
-        if (not isinstance(layers, list) or len(layers) != config.n_layers
-                or any(layer not in words for layer in layers)):
-            raise UserError(f"layer_types must be {config.n_layers} times one of "
-                            f"{', '.join(words)}, found {repr(layers)[:200]}")
-        found = "sliding_attention" in layers
-    else:                                       # the layers slide from max_window_layers on
-        full = raw.get("max_window_layers", 28)
-        found = (raw.get("use_sliding_window") not in (None, False)
-                 and raw["sliding_window"] is not None
-                 and not (type(full) is int and full >= config.n_layers))
-    if found:
-        read_value(raw, "sliding_window", "size")
+    found = {}
+    for theirs, names in FAMILIES[config.model_type].names.items():
+        for kind in [""] if names[0].endswith((".weight", ".bias")) else [".weight", ".bias"]:
+            for layer in range(config.n_layers):
+                if f"{names[0].format(layer)}{kind}" in ours:
+                    found[f"{theirs.format(layer)}{kind}"] = [f"{name.format(layer)}{kind}"
+                                                              for name in names]
     return found
 
 
-def describe_cap(config: Config) -> str | None:
-    """Says where positions end before the model would change; None if they do not."""
-    kind = (config.rope_scaling or {}).get("rope_type")
-    allowed = config.beyond.get("max_position_embeddings", config.max_positions)
-    capped = config.max_positions < allowed
-    if not capped and kind != "dynamic":
-        return None
-    window = config.beyond.get("sliding_window") == config.max_positions
-    return (f"positions capped at {config.max_positions}, where "
-            f"{'a sliding window' if window else f'rope of type {kind}'} sets in"
-            + f" (config.json allows {allowed})" * capped)
+def is_conv1d(full: str) -> bool:
+    """Tells whether the file keeps this weight (in, out)."""
+    return full.rpartition(".")[0].endswith(decoders.CONV1D)
 
 
-def make_config_json(config: Config, dtype: torch.dtype) -> dict:
-    """Makes the contents of config.json, in the older dialect, which transformers 5 reads too."""
-    family = FAMILIES[config.model_type]
-    raw = {"architectures": [family.architecture], "model_type": config.model_type,
-           "torch_dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": config.tied,
-           "bos_token_id": config.bos, "pad_token_id": config.pad,
-           "eos_token_id": one_or_all(config.eos)}
-    raw |= {key: getattr(config, name) for name, key in family.keys.items()
-            if key not in family.fixed}
-    if config.is_gpt2:
-        return raw | {"activation_function": "gelu_new"}
-    raw |= {"hidden_act": "silu", "rope_theta": config.rope_theta,
-            "rope_scaling": config.rope_scaling}
-    raw |= {"sliding_window": None} if config.model_type == "mistral" else {}
-    return raw | config.beyond
+def from_file(full: str, tensor: Tensor, config: Config | EncoderConfig) -> Tensor:
+    """Turns a tensor of a file into ours below each other, such as W_q, W_k, W_v: (out, in)."""
+    tensor = tensor.t() if is_conv1d(full) else tensor
+    return encoders.part_by_part(full, tensor, config)
 
 
-# ---- 3. files
-
-@dataclass
-class Stored:
-    """Stands for a tensor in a file that is not yet read.
-
-    A file is mapped into memory. Each page that was touched counts as ours until the file is
-    unmapped. So read() maps the file anew, and the file is unmapped once the tensor is dropped.
-    """
-    path: Path
-    name: str
-    shape: tuple
-    dtype: torch.dtype | None           # None if it is not plain floating-point numbers
-    kept: Tensor | None = None          # the tensor itself, if its file cannot be mapped
-
-    def read(self) -> Tensor:
-        """Reads the tensor. Raises UserError, which names it, if it holds NaN or infinity."""
-        tensor = self.values()
-        refuse_not_finite(tensor, f"{self.path}: {self.name}")
-        return tensor
-
-    def values(self) -> Tensor:
-        """Reads the tensor, whatever it holds."""
-        if self.kept is not None:
-            return self.kept
-        if self.path.suffix != ".safetensors":
-            return load_pickle(self.path, map_location="cpu", mmap=True)[self.name]
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(self.name)
-
-
-def stored_in(path: Path) -> list[Stored]:
-    """Lists the tensors of a file without reading them. Raises UserError if it is broken."""
-    open_regular(path).close()
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                views = [(name, file.get_slice(name)) for name in file.keys()]
-                return [Stored(path, name, tuple(v.get_shape()), SAFE_DTYPES.get(v.get_dtype()))
-                        for name, v in views]
-        try:
-            tensors, mapped = load_pickle(path, map_location="cpu", mmap=True), True
-        except RuntimeError as error:           # the format before torch 1.6
-            if "mmap can only be used" not in str(error):
-                raise
-            tensors, mapped = load_pickle(path, map_location="cpu"), False
-        return [Stored(path, str(name), tuple(t.shape),
-                       t.dtype if t.layout is torch.strided and not t.is_meta else None,
-                       kept=None if mapped else t) for name, t in tensors.items()]
-    except Exception as error:                  # a broken file can break its reader in any way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path}: cannot read its tensors: {reason}") from None
-
-
-def all_stored(folder: Path) -> list[Stored]:
-    """Lists the tensors of a folder, of safetensors if it has them.
-
-    A large model is cut into shards, which an index lists. Raises UserError if a file is missing
-    or broken, or the index names a file outside the folder.
-    """
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return stored_in(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise UserError(f"{index}: weight_map must name the file of each tensor")
-            for shard in shards.values():       # by name, since the hub's files are links
-                if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-                    raise UserError(f"{index}: {shard!r} is not the name of a file beside it")
-            found = [t for shard in sorted(set(shards.values())) for t in stored_in(folder / shard)]
-            lost = set(shards) - {tensor.name for tensor in found}
-            if lost:
-                raise UserError(f"{index}: no shard holds {few_names(lost)}")
-            return found
-    raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
-
-
-def few_names(names) -> str:
-    """Joins the first three names, and counts the others."""
-    names = sorted(" ".join(str(name).split()) for name in names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def to_file(full: str, tensor: Tensor, config: Config | EncoderConfig) -> Tensor:
+    """Undoes from_file()."""
+    tensor = encoders.head_by_head(full, tensor, config)
+    return tensor.t() if is_conv1d(full) else tensor

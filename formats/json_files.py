@@ -49,11 +49,13 @@ def expected_layout(path: Path):
 
 
 def read_value(raw: dict, key: str, kind: str):
-    """Returns raw[key]. Raises UserError if it is not of that kind: size, number, scale or flag."""
+    """Returns raw[key]. Raises UserError if it is not of that kind, which is a key of the table below."""
     value = raw.get(key)
     right, expected = {
         "size": (type(value) is int and 1 <= value <= 2 ** 24, "a whole number from 1 to 2^24"),
         "number": (type(value) in (int, float) and 0 < value < 1e30, "a positive number"),
+        "count": (type(value) is int and 0 <= value <= 2 ** 24, "a whole number from 0 to 2^24"),
+        "share": (type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"),
         "scale": (type(value) in (int, float) and 1e-3 <= value <= 1e12,
                   "a number from 0.001 to 10^12"),
         "flag": (type(value) is bool, "true or false")}[kind]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from formats.bpe_files import list_steps, read_merges, refuse_settings
 from formats.json_files import expected_layout, read_json_if_there
+from formats.pairs import find_class
 from formats.special_tokens import Tokenizer, build_tokenizer, check_ids
 from support.errors import UserError
 
@@ -167,8 +168,7 @@ def find_llama_prefix(folder: Path) -> str | None:
     """
     settings, config = (read_json_if_there(folder / name)
                         for name in ("tokenizer_config.json", "config.json"))
-    name = str(settings.get("tokenizer_class") or config.get("tokenizer_class"))
-    name = name.removesuffix("Fast")
+    name = find_class(folder)
     if name not in ("LlamaTokenizer", "CodeLlamaTokenizer") or (
             config.get("model_type") == "mistral"):
         return None

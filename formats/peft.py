@@ -29,8 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from formats.checkpoint import linear_names
-from formats.huggingface import few_names
+from formats.encoders import head_by_head, part_by_part
+from formats.huggingface import FAMILIES
 from formats.peft_files import find_adapters, read_peft_config, read_tensors
+from formats.peft_heads import fit_head, parts_of, put_back, saved_modules
+from formats.tensors import few_names
 from methods import adapters, inject, targets_for
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write
@@ -61,9 +64,6 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     """
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
-    if config.get("whole"):
-        raise UserError(f"{folder}: the whole modules {few_names(config['whole'])} have no place "
-                        "in PEFT's adapters here")
     if not layers:
         raise UserError(f"{folder}: no adapters to write" + " (full trains the weights "
                         "themselves: write the whole model)" * (method == "full"))
@@ -88,10 +88,16 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
                     dW = layer.delta_weight()
                     lost = dW - parts[i].scale * parts[i].B @ parts[i].A
                     errors[ours[i]] = (lost.norm() / dW.norm().clamp(min=1e-30)).item()
-            modules[theirs] = fused(parts, [model.get_submodule(path) for path in ours])
+            update = fused(parts, [model.get_submodule(path) for path in ours])
+            modules[theirs] = update._replace(
+                B=head_by_head(theirs, update.B, model.config), magnitude=update.magnitude
+                if update.magnitude is None else head_by_head(theirs, update.magnitude,
+                                                              model.config))
     strange = set(layers) - {path for ours in known.values() for path in ours}
     if strange:
         raise UserError(f"{folder}: no module of PEFT's for {few_names(strange)}")
+    whole, values = saved_modules(model, folder)
+    tensors |= {f"base_model.model.{name}": value for name, value in values.items()}
     for module, update in modules.items():
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"] = update.A.contiguous()
@@ -104,7 +110,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     with atomic_write(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, {"format": "pt"})
     with atomic_write(folder / "adapter_config.json") as path:
-        path.write_text(json.dumps(peft_config(model, modules, known, base), indent=2) + "\n",
+        path.write_text(json.dumps(peft_config(model, modules, known, whole, base), indent=2) + "\n",
                         encoding="utf-8")
     return errors
 
@@ -152,17 +158,26 @@ def fused(parts: dict[int, Update], layers: list) -> Update:
     return Update(torch.cat([part.A for part in parts.values()]), B, scale, magnitude)
 
 
-def peft_config(model, modules: dict[str, Update], known, base: str | None) -> dict:
-    """Makes the contents of adapter_config.json."""
+def peft_config(model, modules: dict[str, Update], known, whole: list[str],
+                base: str | None) -> dict:
+    """Makes the contents of adapter_config.json.
+
+    A name of a target must not be that of a head's layer too, as `dense` is.
+    """
     r, rank_pattern = pattern_of(ranks(modules))
     alpha, alpha_pattern = pattern_of(alphas(modules))
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+    names = FAMILIES[model.config.model_type].names
+    known = {*known, *(name for name in names if "{}" not in name)}
+    task = "SEQ_CLS" if whole else "CAUSAL_LM" if model.label_head is None else None
+    return {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base,
+            "modules_to_save": whole or None,
             "r": r, "lora_alpha": alpha,
             "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
             "lora_dropout": model.injected["dropout"],
             "target_modules": sorted(targets_for(modules, known)),
             "use_dora": model.injected["method"] == "dora", "use_rslora": False, "bias": "none",
-            "fan_in_fan_out": model.config.is_gpt2, "inference_mode": True}
+            "fan_in_fan_out": model.config.model_type == "gpt2",
+            "inference_mode": True}
 
 
 # ---- in
@@ -176,8 +191,9 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
     """
     folder = find_adapters(folder)
     config, modules = read_peft_config(folder), linear_names(model)
+    found_in_file, head = read_tensors(folder, config, model)
     updates = {}                                # path of a layer of ours -> Update
-    for module, (name, found) in read_tensors(folder, config, model).items():
+    for module, (name, found) in found_in_file.items():
         ours = modules[module]
         sizes = [len(model.get_submodule(layer).weight) for layer in ours]
         A, B, magnitude = fitting(found, sum(sizes), model.get_submodule(ours[0]).in_features)
@@ -187,19 +203,26 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
             raise UserError(f"{config.path}: use_dora does not fit the tensors of {module}, which "
                             f"have {'no' if magnitude is None else 'a'} lora_magnitude_vector")
         config.check_module(name, len(A))
+        B = part_by_part(module, B, model.config)
+        magnitude = magnitude if magnitude is None else part_by_part(module, magnitude,
+                                                                     model.config)
         scale, split = config.scale(name, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
         for layer, part, lengths in zip(ours, B.split(sizes), magnitudes):
             update = Update(*(used(A, part) if split else (A, part)), scale, lengths)
             updates[layer] = cast(update, model.get_submodule(layer).weight, f"{folder}: {layer}")
     known = [layer for layers in modules.values() for layer in layers]
-    dropout = config.number("lora_dropout", 0)
+    dropout, before = config.number("lora_dropout", 0), parts_of(model)
     try:
+        whole = fit_head(model, head)
         inject(model, config.method, targets_for(updates, known), one_or_each(ranks(updates)),
-               one_or_each(alphas(updates)), dropout, **own)
+               one_or_each(alphas(updates)), dropout, whole, **own)
     except UserError as error:
+        put_back(model, before)
         raise UserError(f"{config.path}: {error}") from None
     with torch.no_grad():
+        for name, value in head.items():
+            model.get_parameter(name).copy_(value)
         for name, layer in adapters(model).items():
             for parameter, value in updates[name]._asdict().items():
                 if isinstance(value, Tensor):

@@ -18,8 +18,11 @@ from torch import Tensor, nn
 
 from formats.bpe import MOST_REPEATS, count_repeats
 from formats.checkpoint import find_folder, linear_names
-from formats.huggingface import DTYPES, FAMILIES, Stored, few_names, is_conv1d, map_names, stored_in
+from formats.decoders import Family
+from formats.huggingface import FAMILIES, map_names, to_file
 from formats.json_files import read_json
+from formats.peft_heads import SEQ_CLS, head_names
+from formats.tensors import DTYPES, Stored, few_names, stored_in
 from methods import ends_in
 from support.errors import UserError, refuse_not_finite
 
@@ -194,17 +197,19 @@ def shown(value) -> str:
     return f"a {type(value).__name__}" if isinstance(value, (dict, list)) else f"{value!r:.60}"
 
 
-def read_tensors(folder: Path, config: PeftConfig, model: nn.Module) -> dict[str, Found]:
-    """Reads all tensors: module of linear_names() -> its tensors.
+def read_tensors(folder: Path, config: PeftConfig,
+                 model: nn.Module) -> tuple[dict[str, Found], dict[str, Tensor]]:
+    """Reads all tensors -> those of each module of linear_names(), and those of a head for labels.
 
-    A copy of a weight of the model itself is skipped, if it is equal: PEFT saves the embedding so.
-    Raises UserError if PEFT would ignore a tensor or load it over the model's, if two adapt one
-    module, or if one has no place here.
+    The head's tensors have our names. A copy of a weight of the model itself is skipped, if it is
+    equal: PEFT saves the embedding so. Raises UserError if PEFT would ignore a tensor or load it
+    over the model's, if two adapt one module, or if one has no place here.
     """
     file = next((folder / name for name in TENSORS if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(TENSORS)}")
     known, family = linear_names(model), FAMILIES[model.config.model_type]
+    of_head, head = head_names(family), {}
     found: dict[str, Found] = {}
     names: dict[tuple, str] = {}
     copies = []
@@ -212,10 +217,15 @@ def read_tensors(folder: Path, config: PeftConfig, model: nn.Module) -> dict[str
         parts = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vector)"
                              r"((?:\.[^.]+){0,2})", stored.name)
         if parts is None and "lora_" not in stored.name:
-            copies.append(refuse_changed(stored, model))
+            name = plain_name(stored.name, family)
+            if name in of_head:
+                head[of_head[name]] = numbers(stored)
+            else:
+                refuse_changed(stored, name, model)
+            copies += [name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")[0]]
             continue
         refuse_ignored(stored, config)
-        module = parts and family.prefix * (not parts[1].startswith(family.prefix)) + parts[1]
+        module = parts and family.full_name(parts[1])
         if module not in known:
             raise UserError(f"{file}: {stored.name:.200}: only the linear layers of attention and "
                             f"MLP can have adapters here")
@@ -230,12 +240,21 @@ def read_tensors(folder: Path, config: PeftConfig, model: nn.Module) -> dict[str
             raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
     if not found:
         raise UserError(f"{file}: holds no adapters")
-    lost = [name for name in config.words("modules_to_save")
-            if not any(ends_in(copy, [name]) for copy in copies)]
+    lost = {name for name in config.words("modules_to_save")
+            if not any(ends_in(copy, [name]) for copy in copies)}
+    if config.raw.get("task_type") == "SEQ_CLS" and not lost >= SEQ_CLS:
+        lost -= SEQ_CLS                   # PEFT names both, and a model has one
     if lost:
         raise UserError(f"{file}: has no tensors of {config.path.name}'s modules_to_save "
                         f"{few_names(lost)}")
-    return found
+    return found, head
+
+
+def plain_name(name: str, family: Family) -> str:
+    """Turns the name of a whole tensor in a file of PEFT into the one that a checkpoint has."""
+    name = re.sub(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)", "",
+                  name.removeprefix("base_model.model."))
+    return family.full_name(name)
 
 
 def refuse_ignored(stored: Stored, config: PeftConfig) -> None:
@@ -274,26 +293,18 @@ def numbers(stored: Stored) -> Tensor:
     return tensor
 
 
-def refuse_changed(stored: Stored, model) -> str:
-    """Returns the module of which a tensor is an equal copy, in any of their precisions.
-
-    Raises UserError if the model has no such weight, or another.
-    """
-    where, prefix = f"{stored.path}: {stored.name:.200}", FAMILIES[model.config.model_type].prefix
-    name = re.sub(r"\.(base_layer|original_module|modules_to_save(\.default)?)(?=\.)", "",
-                  stored.name.removeprefix("base_model.model."))
-    name = name if name.startswith((prefix, "lm_head.")) else prefix + name
-    weights = dict(model.named_parameters())
+def refuse_changed(stored: Stored, name: str, model) -> None:
+    """Raises UserError unless a tensor equals the model's weight of that name, in a precision."""
+    where, weights = f"{stored.path}: {stored.name:.200}", dict(model.named_parameters())
     plan = map_names(model.config, set(weights))
-    if name == "lm_head.weight" and model.config.tied:
+    if name == "lm_head.weight" and getattr(model.config, "tied", False):
         plan[name] = ["embed.weight"]
     if name not in plan:
         raise UserError(f"{where}: neither an adapter nor a weight of the model")
     ours = torch.cat([weights[own].detach().cpu() for own in plan[name]])
-    ours = ours.t() if is_conv1d(name) else ours
+    ours = to_file(name, ours, model.config)
     copy = stored.values() if stored.dtype in DTYPES.values() else None
     if copy is None or copy.shape != ours.shape or not (
             torch.equal(copy, ours.to(copy.dtype)) or torch.equal(copy.to(ours.dtype), ours)):
         raise UserError(f"{where}: not the model's own weight, but a trained or another one, which "
-                        "PEFT would put in its place: only adapters are read")
-    return name.rpartition(".")[0]
+                        "PEFT would put in its place: only adapters and heads for labels are read")

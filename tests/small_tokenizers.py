@@ -11,8 +11,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 from tokenizers import pre_tokenizers as pre
-from tokenizers import trainers
-from transformers import AutoTokenizer, GPT2Tokenizer, Qwen2Tokenizer
+from tokenizers import processors, trainers
+from transformers import (AutoTokenizer, BertTokenizer, DebertaTokenizer, GPT2Tokenizer,
+                          Qwen2Tokenizer, RobertaTokenizer)
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from formats.bpe import LLAMA3_SPLIT, QWEN_SPLIT
@@ -159,8 +160,8 @@ def llama3_pair():
 def trained_sentencepiece(**settings) -> bytes:
     file = BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS.splitlines()), model_writer=file, vocab_size=400,
-        model_type="bpe", byte_fallback=True, minloglevel=2, **settings)
+        sentence_iterator=iter(CORPUS.splitlines()), model_writer=file, minloglevel=2,
+        **{"vocab_size": 400, "model_type": "bpe", "byte_fallback": True} | settings)
     return file.getvalue()
 
 
@@ -188,3 +189,83 @@ def sentencepiece_pair():
     (folder / "tokenizer.model").write_bytes(trained_sentencepiece())
     return load_tokenizer(folder), sentencepiece.SentencePieceProcessor(
         model_file=str(folder / "tokenizer.model"))
+
+
+# ---- encoders
+
+BERT_MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+ROBERTA_MARKS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+DEBERTA_MARKS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+
+
+@cache
+def wordpieces() -> tuple[str, ...]:
+    """Returns the pieces of a WordPiece vocabulary of capital and small letters."""
+    reference = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    reference.pre_tokenizer = pre.BertPreTokenizer()
+    reference.train_from_iterator([CORPUS, CORPUS.lower()], trainers.WordPieceTrainer(
+        vocab_size=400, special_tokens=BERT_MARKS, show_progress=False))
+    return tuple(sorted(reference.get_vocab(), key=reference.get_vocab().get))
+
+
+def save_wordpieces(folder: Path, **settings) -> Path:
+    (folder / "vocab.txt").write_text("\n".join(wordpieces()) + "\n", encoding="utf-8")
+    return write_json(folder, config={"model_type": "bert"}, tokenizer_config=settings)
+
+
+@cache
+def bert_pair(**settings):
+    folder = save_wordpieces(new_folder(), **settings)
+    return load_tokenizer(folder), BertTokenizer.from_pretrained(folder)
+
+
+def save_marked(model_type: str, marks: list[str], folder: Path) -> Path:
+    """Writes vocab.json and merges.txt with `marks` as the first four ids and the last one."""
+    save_vocab_merges("gpt2", folder)
+    vocab = json.loads(trained_json("gpt2"))["model"]["vocab"]
+    vocab = {token: i for i, token in enumerate([*marks[:4], *vocab, "<|endoftext|>", marks[4]])}
+    return write_json(folder, vocab=vocab, config={"model_type": model_type})
+
+
+@cache
+def roberta_pair():
+    """RoBERTa, its reference told that <mask> takes the white space before it, as files tell."""
+    folder = save_marked("roberta", ROBERTA_MARKS, new_folder())
+    return load_tokenizer(folder), RobertaTokenizer.from_pretrained(
+        folder, mask_token=AddedToken("<mask>", lstrip=True, special=True))
+
+
+@cache
+def deberta_pair():
+    """DeBERTa v1, its reference told of [MASK] too, and of the published form of a pair.
+
+    transformers 5 has lost that form: it puts a second [SEP] in, and gives both the type 0.
+    """
+    folder = save_marked("deberta", DEBERTA_MARKS, new_folder())
+    reference = DebertaTokenizer.from_pretrained(
+        folder, mask_token=AddedToken("[MASK]", lstrip=True, special=True))
+    reference.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    return load_tokenizer(folder), reference
+
+
+def deberta_pieces() -> bytes:
+    """Trains a spm.model with the settings of DeBERTa-v3's."""
+    ids = dict(zip(("pad", "bos", "eos", "unk"), DEBERTA_MARKS))
+    return trained_sentencepiece(
+        model_type="unigram", byte_fallback=False, vocab_size=90,
+        **{f"{role}_id": i for i, role in enumerate(ids)},
+        **{f"{role}_piece": piece for role, piece in ids.items()})
+
+
+def save_spm(folder: Path, **settings) -> Path:
+    (folder / "spm.model").write_bytes(deberta_pieces())
+    return write_json(folder, config={"model_type": "deberta-v2"}, tokenizer_config=settings)
+
+
+@cache
+def spm_pair(**settings):
+    folder = save_spm(new_folder(), **settings)
+    return load_tokenizer(folder), sentencepiece.SentencePieceProcessor(
+        model_file=str(folder / "spm.model"))

@@ -279,6 +279,8 @@ def used(folder: str) -> None:
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None:
         tokenizer.decode(tokenizer.encode("abcd <s> x1"))
+        if tokenizer.family:
+            tokenizer.pair("abcd [MASK] x1", "b", 5)
 
 
 def spec_of_pieces() -> dict:
@@ -301,7 +303,22 @@ def spec_of_pieces() -> dict:
                       "byte_fallback": True}}
 
 
-@pytest.mark.parametrize("make", [spec, spec_of_pieces], ids=["bytes", "pieces"])
+def spec_of_words() -> dict:
+    """Makes a tokenizer.json of WordPiece."""
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokens = [*marks, "ab", "c", "x", "##c", "##d", "##1"]
+    return {"added_tokens": [{"id": i, "content": t, "special": True, "normalized": False}
+                             for i, t in enumerate(marks)],
+            "normalizer": {"type": "BertNormalizer", "clean_text": True, "strip_accents": None,
+                           "handle_chinese_chars": True, "lowercase": True},
+            "pre_tokenizer": {"type": "BertPreTokenizer"},
+            "model": {"type": "WordPiece", "vocab": {t: i for i, t in enumerate(tokens)},
+                      "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+                      "max_input_chars_per_word": 100}}
+
+
+@pytest.mark.parametrize("make", [spec, spec_of_pieces, spec_of_words],
+                         ids=["bytes", "pieces", "words"])
 @fuzzed
 @given(data=st.data())
 def test_any_tokenizer_json(make, data):
@@ -323,6 +340,20 @@ def test_any_vocabulary_and_merges(data):
         for other, content in files.items():
             content = data.draw(damaged(content)) if other == name else content
             Path(place, other).write_bytes(content)
+        tried(lambda: used(place))
+
+
+@fuzzed
+@given(data=st.data())
+def test_any_vocab_txt_and_settings(data):
+    vocab = "\n".join(spec_of_words()["model"]["vocab"]).encode()
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "strip_accents": None,
+                "mask_token": {"content": "[MASK]", "lstrip": True, "normalized": False},
+                "added_tokens_decoder": {"4": {"content": "[MASK]", "rstrip": True,
+                                               "special": True, "normalized": False}}}
+    with tempfile.TemporaryDirectory() as place:
+        Path(place, "vocab.txt").write_bytes(data.draw(damaged(vocab) | st.just(vocab)))
+        Path(place, "tokenizer_config.json").write_text(json.dumps(data.draw(altered(settings))))
         tried(lambda: used(place))
 
 

@@ -4,7 +4,7 @@ import json
 import pytest
 from runs import refused
 
-from experiments import bench, contenders, growth
+from experiments import bench, contenders, encoders, growth
 from lora import LoRALinear
 from methods import METHODS, Method
 
@@ -58,6 +58,20 @@ def test_a_method_of_one_s_own_is_measured_and_said_to_be_not_mapped(tiny, monke
     assert len(lines) == 2 + 6 + 2                      # a layer, a model, growth, 7B and 70B
     assert ["not mapped" in map(str.strip, line) for line in lines] == (
         [False, True] + [False] * 6 + [True] * 2)
+
+
+def test_the_encoder_s_part_compares_with_transformers_and_prints_the_bars(monkeypatch, capsys,
+                                                                           tmp_path):
+    for module in (encoders, bench):
+        monkeypatch.setattr(module, "SHAPES", ((2, 16),))
+    monkeypatch.setattr(encoders, "SIZE", dict(d_model=24, n_heads=2, d_ff=48))
+    bench.main(["encoder", "--device", "cpu", "--json", str(tmp_path / "out.json")])
+    rows = {row["contender"]: row for row in
+            json.loads((tmp_path / "out.json").read_text())["encoder"]}
+    assert set(rows) == {"ours", "transformers"}
+    assert 0 < rows["ours"]["kept_bytes"] < rows["transformers"]["kept_bytes"]
+    text = capsys.readouterr().out
+    assert "memory held by attention / transformers'" in text and "0.85" in text
 
 
 @pytest.mark.parametrize("argv, message", [

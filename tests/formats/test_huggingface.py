@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from formats.checkpoint import load_pretrained, save_pretrained
-from formats.huggingface import APPLIED, FAMILIES, parse_config
+from formats.decoders import APPLIED, FAMILIES
+from formats.huggingface import parse_config
 from formats.rope import OLD
 from model import Transformer
 from support.errors import UserError

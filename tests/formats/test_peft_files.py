@@ -387,7 +387,7 @@ def test_a_method_that_is_not_mapped_and_whole_modules_are_not_written(tmp_path,
         pass
     monkeypatch.setitem(METHODS, "own", Method(Own, 1e-2))
     for method, whole, said in (("own", (), "own is not mapped to an adapter of PEFT"),
-                                ("lora", ["norm"], "the whole modules norm have no place")):
+                                ("lora", ["norm"], "the whole modules of norm.weight have no place")):
         model = inject(load_pretrained(BASE)[0], method, ["q"], whole=whole)
         with pytest.raises(UserError, match=said):
             export_peft(model, tmp_path / "out")

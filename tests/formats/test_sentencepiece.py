@@ -9,10 +9,11 @@ import sentencepiece
 from conftest import SHARED, needs
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import (CORPUS, SNIPPETS, quick, sentencepiece_pair, texts,
-                              trained_sentencepiece)
+from small_tokenizers import (CORPUS, SNIPPETS, quick, save_spm, sentencepiece_pair, spm_pair,
+                              texts, trained_sentencepiece, write_json)
 from tokenizers import Tokenizer, models, normalizers
 from tokenizers import pre_tokenizers as pre
+from transformers import DebertaV2Tokenizer
 
 from formats.tokenizer import load_tokenizer
 from support.errors import UserError
@@ -74,6 +75,67 @@ def test_a_missing_sentencepiece_is_named_with_its_package(tmp_path, monkeypatch
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(UserError, match="tokenizer.model: .*pip install sentencepiece"):
+        load_tokenizer(tmp_path)
+
+
+# ---- DeBERTa-v2 and v3
+
+@pytest.mark.parametrize("settings", [{}, {"do_lower_case": True}, {"split_by_punct": False}],
+                         ids=str)
+def test_spm_model_gives_the_ids_of_sentencepiece(settings):
+    mine, reference = spm_pair(**settings)
+    for text in [CORPUS, *SNIPPETS, "ｆｕｌｌ ① ﬁ  e\u0301", ""]:
+        expected = text.lower() if settings.get("do_lower_case") else text
+        assert mine.encode(text) == reference.encode(expected), text
+    ids = mine.encode("the mayor's house  isn't far;")
+    assert mine.decode(ids) == reference.decode(ids) == "the mayor's house isn't far;"
+    assert mine.encode("The [MASK] The[SEP][UNK]") == [
+        *mine.encode("The"), 90, *mine.encode("The"), 2, 3]
+
+
+@pytest.mark.slow
+@quick
+@given(parts=st.lists(texts, min_size=1, max_size=3))
+def test_spm_model_gives_the_ids_of_any_text_between_two_masks(parts):
+    mine, reference = spm_pair()
+    parts = [part.replace("[", "") for part in parts]
+    expected = [i for part in parts for i in [*reference.encode(part), 90]][:-1]
+    assert mine.encode("[MASK]".join(parts)) == expected
+
+
+def test_the_mask_is_the_first_id_after_the_model_s_unless_a_file_says_another(tmp_path):
+    mine, _ = spm_pair()
+    roles = mine.pad, mine.cls, mine.sep, mine.unk, mine.mask, mine.bos, mine.eos, mine.vocab_size
+    assert roles == (0, 1, 2, 3, 90, 1, 2, 91)
+    folder = save_spm(tmp_path)
+    write_json(folder, added_tokens={"[MASK]": 90, "<tool>": 91})
+    assert load_tokenizer(folder).encode("[MASK]<tool>") == [90, 91]
+    write_json(folder, added_tokens={"[MASK]": 95})
+    assert load_tokenizer(folder).mask == 95
+
+
+def test_a_resaved_deberta_needs_its_spm_model(tmp_path):
+    folder = save_spm(tmp_path)
+    reference = DebertaV2Tokenizer.from_pretrained(folder)
+    reference.save_pretrained(folder)
+    assert load_tokenizer(folder).encode("ﬁ [MASK]") == spm_pair()[0].encode("ﬁ [MASK]")
+    (folder / "spm.model").unlink()
+    with pytest.raises(UserError, match="tokenizer.json: .*spm.model beside it would do"):
+        load_tokenizer(folder)
+
+
+def test_settings_that_change_the_ids_are_refused(tmp_path):
+    with pytest.raises(UserError, match="tokenizer_config.json: split_by_punct"):
+        load_tokenizer(save_spm(tmp_path, split_by_punct=True))
+    with pytest.raises(UserError, match="spm.model: 'AlbertTokenizer' is not supported"):
+        load_tokenizer(save_spm(tmp_path, tokenizer_class="AlbertTokenizerFast"))
+
+
+@pytest.mark.parametrize("model", [b"ab", b"\x0a\xff" * 20, trained_sentencepiece()],
+                         ids=["text", "a broken model", "a model without [CLS]"])
+def test_a_wrong_spm_model_is_one_line_that_names_it(tmp_path, model):
+    (tmp_path / "spm.model").write_bytes(model)
+    with pytest.raises(UserError, match=r"spm.model: no [^\n]*$"):
         load_tokenizer(tmp_path)
 
 

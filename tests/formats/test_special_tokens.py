@@ -1,6 +1,9 @@
 """Added tokens, and which of them are bos, eos and pad: as transformers has it."""
+import json
+
 import pytest
-from small_tokenizers import gpt2_pair, qwen_pair, save_trained, sentencepiece_pair, write_json
+from small_tokenizers import (gpt2_pair, qwen_pair, save_trained, sentencepiece_pair, trained_json,
+                              write_json)
 from transformers import AutoTokenizer
 
 from formats.tokenizer import load_tokenizer
@@ -52,6 +55,16 @@ def test_special_tokens_can_be_left_out_of_the_text():
     gpt2, qwen = (pair()[0].decode(pair()[0].encode(text), special=False)
                   for pair in (gpt2_pair, qwen_pair))
     assert (gpt2, qwen) == ("a <tool>b <|im_start|>c", "a b c")     # added_tokens.json, and marked
+
+
+def test_a_token_that_has_a_role_is_special_whatever_a_file_says(tmp_path):
+    spec = json.loads(trained_json("gpt2"))
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    write_json(tmp_path, tokenizer=spec, tokenizer_config={
+        "eos_token": "<tool>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    mine, reference = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert mine.special == {mine.eos} == set(reference.all_special_ids)
 
 
 def test_a_lone_surrogate_counts_as_the_replacement_character():

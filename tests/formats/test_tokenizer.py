@@ -61,7 +61,8 @@ BAD_FILES = {                                         # the first file is the on
     "a pattern within itself": split_at(r"(?R)?a"),
     "dropout": edited(dropout=0.1),
     "an end-of-word suffix": edited(end_of_word_suffix="</w>"),
-    "a token that strips": edited(added_tokens=[{"id": 500, "content": "<m>", "lstrip": True}]),
+    "a token that is a word": edited(
+        added_tokens=[{"id": 500, "content": "<m>", "single_word": True}]),
     "a token without an id": edited(added_tokens=[{"content": "<m>"}]),
     **{f"an added token with the id {i}": edited(added_tokens=[{"id": i, "content": "<m>"}])
        for i in BAD_IDS},
@@ -92,7 +93,7 @@ BAD_FILES = {                                         # the first file is the on
        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
                     "added_tokens.json", "config.json", "generation_config.json")},
     "100,000 brackets in vocab.json": {"vocab.json": "[" * 10**5, "merges.txt": "a b"},
-    "no merges": {"merges.txt": None, "vocab.json": VOCAB},
+    "no merges": {"merges.txt": None, "vocab.json": '{"a": 0, "b": 1, "ab": 2}'},
     "no vocabulary": {"vocab.json": None, "merges.txt": "a b\n"},
     "a line of merges with one token": {"merges.txt": "#version: 0.2\nab\n", "vocab.json": VOCAB},
     "a config that is no JSON": {"tokenizer_config.json": "no", "base.tiktoken": rank_lines()},

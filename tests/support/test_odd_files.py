@@ -19,7 +19,7 @@ from methods import inject
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json",
          "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "tokenizer.model",
-         "vocab.json", "x.tiktoken"]
+         "vocab.json", "vocab.txt", "spm.model", "x.tiktoken"]
 RUN = ["config.json", "adapter.safetensors", "result.json", "log.jsonl"]
 PEFT = ["adapter_config.json", "adapter_model.safetensors"]
 ROW = {"instruction": "So?\n\nAnswer format: true/false", "output": "it is true", "answer": "true"}
@@ -66,7 +66,8 @@ def check(capsys, path: Path, *flags, main=train.main) -> None:
 @pytest.mark.parametrize("name", MODEL)
 def test_in_a_model(name, odd, tmp_path, capsys):
     folder = Path(shutil.copytree(BASE, tmp_path / "model"))
-    if name in ("tokenizer.json", "vocab.json", "x.tiktoken", "tokenizer.model"):
+    if name in ("tokenizer.json", "vocab.json", "vocab.txt", "x.tiktoken", "tokenizer.model",
+                "spm.model"):
         next(folder.glob("*.tiktoken")).unlink()
     odd(folder / name)
     check(capsys, folder / name, "--model", folder, "--prompt", "Hi", main=evaluation.main)
