@@ -19,6 +19,7 @@ from data import LABELS, labels_for
 from data.labels import HeadTask, label_loss
 from data.task import Setup
 from formats.checkpoint import load_pretrained
+from formats.peft import export_peft
 from methods import inject, param_groups
 from support.errors import UserError
 from support.heads import give_head
@@ -269,9 +270,14 @@ def test_a_decoder_takes_a_head_where_it_is_asked_for(tmp_path, empty_folder, ca
     result, saved = result_of("run"), load_file("run/adapter.safetensors")
     assert result["loss_on"] == "labels" and saved["score.weight"].shape == (2, result["whole"] / 2)
     assert_eval_repeats(capsys)
-    assert "a decoder with a head" in refused(capsys, "--run", "run", "--to", "out",
-                                              main=convert.main)
-    assert "score" in refused(capsys, "--run", "run", "--peft", "out", main=convert.main)
+    right = result_of("run")["after"]
+    convert.main(["--run", "run", "--to", "merged"])
+    convert.main(["--run", "run", "--peft", "theirs"])
+    capsys.readouterr()
+    evaluation.main(["--model", "merged", *flags[2:6], "--head", "--max-eval", "4"])
+    assert f"accuracy        {right['accuracy']:10.4f}" in capsys.readouterr().out
+    train.main(["--from-peft", "theirs", *flags[2:-1], "on", "--head"])
+    assert result_of("on")["before"] == right
     train.main([*flags, "--overwrite"])
     assert result_of("run")["whole"] == 0 and result_of("run")["loss_on"] == "answer"
 
@@ -285,7 +291,30 @@ def test_the_head_learns_at_the_run_s_rate():
     assert rates[id(model.layers[0].attn.q.B)] == pytest.approx(1.6e-2)
 
 
-# ---- a head that the checkpoint brings
+# ---- a head that the checkpoint or PEFT's adapters bring
+
+@pytest.mark.usefixtures("opened")
+@pytest.mark.parametrize("n_labels", [2, 3, None])
+def test_adapters_of_peft_go_on_with_their_head_if_it_fits(n_labels, tmp_path, capsys):
+    model = encoder_of() if n_labels is None else encoder_of().add_head(n_labels)
+    inject(model, "lora", ["q"], whole=[] if n_labels is None else ["head"])
+    with torch.no_grad():
+        model.layers[0].attn.q.B.normal_()
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.01)
+    export_peft(model, "theirs")
+    train.main(["--from-peft", "theirs", *run_flags(tmp_path, "--steps", "2", "--lr", "1e-9")[2:]])
+    saved = load_file("run/adapter.safetensors")
+    torch.testing.assert_close(saved["layers.0.attn.q.B"], model.layers[0].attn.q.B)
+    assert [name for name in sorted(saved) if name.startswith("head")] == HEAD
+    if n_labels == 2:
+        torch.testing.assert_close(saved["head.out.weight"], model.head.out.weight)
+    assert saved["head.out.weight"].shape == (2, 16)
+    assert ("3 labels gives way" in capsys.readouterr().err) == (n_labels == 3)
+    assert_eval_repeats(capsys)
+
+
 
 def test_a_fitting_head_stays_and_another_gives_way(capsys):
     model = encoder_of().add_head(2)
