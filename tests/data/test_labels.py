@@ -341,6 +341,8 @@ def test_the_outputs_of_a_named_head_are_put_in_the_task_s_order(labels, order):
 
 
 def test_a_head_is_float32_on_a_bf16_encoder_and_scores_there():
+    injected = inject(encoder_of(dtype=torch.bfloat16).add_head(2), "lora", ["q"], whole=["head"])
+    assert {p.dtype for p in injected.head.parameters()} == {torch.float32}
     for made in (encoder_of(dtype=torch.bfloat16),
                  encoder_of().add_head(2).to(torch.bfloat16)):      # with a head of its own
         give_head(made, "glue/rte", None)
