@@ -46,9 +46,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.run is not None:
         check_base(args.run, model, weights_dtype(run.dtype, run.method))
         load_adapters(args.run, model)
-        if args.to is not None and model.label_head == "score":
-            raise UserError(f"--to {target}: a decoder with a head for labels is not written; "
-                            "eval.py scores it")
     else:
         import_peft(model, args.from_peft)
     if args.to is not None:

@@ -14,7 +14,7 @@ from argparse import Namespace
 
 from data import OPTIONS, TASKS, load_task, options_in
 from data.task import BATCH_SIZE, Scores, Sequence, Setup, encode_start, sample
-from encoder import EncoderConfig
+from encoder import Encoder
 from formats.checkpoint import MAX_LENGTH, open_model
 from generate import generate
 from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.run:
         check_base(args.run, model, dtype)
     if args.prompt is not None:
-        if isinstance(model.config, EncoderConfig):
+        if isinstance(model, Encoder):
             raise UserError("--prompt: an encoder writes no text")
         before = write_answer(model, tokenizer, args.prompt, args.max_new_tokens)
         print(f"before:{before}" if args.run else before)

@@ -286,6 +286,14 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
             for rate, params in groups.items()]
 
 
+def train_whole(model: nn.Module, names: list[str]) -> None:
+    """Makes these the `whole` modules of an injected model, which may have had parts of them."""
+    if names:
+        model.injected["whole"] = names
+    for module in whole_modules(model).values():
+        module.requires_grad_(True)
+
+
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns path -> module that trains as it is, beside the adapters."""
     return _modules_named(model, model.injected.get("whole", ()))

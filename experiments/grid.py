@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from data.recipes import recipe
 from experiments.results import read_run
 from methods import METHODS
 from support import flags as train_flags
@@ -43,7 +44,8 @@ def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
     """
     parser = Parser(doc)
     parser.add_argument("--methods", required=True, help=f"methods to run: {', '.join(METHODS)}")
-    parser.add_argument("--ranks", help="ranks, which are budgets of parameters (8); full has none")
+    parser.add_argument("--ranks", help="ranks, which are budgets of parameters (8, or the "
+                        "recipe's); full has none")
     parser.add_argument("--lrs", default="x0.5,x1,x2",
                         help="learning rates to try; x2 is twice the method's own (x0.5,x1,x2)")
     parser.add_argument("--seeds", default="0", help="seeds to run (0)")
@@ -68,6 +70,8 @@ def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
         if name in given.given:
             raise UserError(f"--{name}: give --{plural}, comma-separated")
     args.model, args.task = given.model, given.task
+    if given.recipe is not None and args.ranks is None:
+        args.ranks = str(recipe(given.recipe, given.task)["rank"])
     args.vary = [varied(text, given) for text in args.vary]
     for name, times in Counter(name for name, _ in args.vary).items():
         if times > 1:

@@ -98,7 +98,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     """
     runs = read_runs(folder)
     for name in ("model", "from_peft", "task", *OPTIONS, "steps", "batch_size", "loss_on",
-                 "max_eval"):
+                 "base_dropout", "head_dropout", "max_eval"):
         values = sorted({str(getattr(run.args, name)) for run in runs})
         if len(values) > 1:
             raise UserError(f"{folder}: its runs cannot stand in one figure, they differ in "

@@ -13,7 +13,7 @@ from data.task import BATCH_SIZE
 from formats.checkpoint import MAX_LENGTH
 from formats.peft import import_peft
 from formats.peft_files import find_adapters, read_peft_config
-from methods import METHODS, adapters, inject, state
+from methods import METHODS, adapters, inject, state, train_whole
 from support.errors import UserError, nearest
 from support.heads import DROPOUTS, dropouts, give_head, set_dropout
 from support.parser import Parser, default_device, device, flag
@@ -212,22 +212,23 @@ def adapt(model, args: Namespace) -> list:
     Returns model.injected and a fingerprint of both, for config.json. Raises UserError if model and
     flags do not go together.
     """
-    give_head(model, args.task, args.head)
+    whole = give_head(model, args.task, args.head)
     set_dropout(model, args)
     method = METHODS[args.method]
     options = {name: value for name in method.options
                if (value := getattr(args, name)) is not None}
-    options |= {"whole": [model.label_head]} if model.label_head else {}
     if args.from_peft is not None and args.resume and not (
             Path(args.from_peft) / "adapter_config.json").exists():
         return adapt_again(model, args, options)
     if args.from_peft is not None:
-        import_peft(model, args.from_peft, **options)
+        import_peft(model, args.from_peft, **options)       # may bring a head for other labels
+        train_whole(model, give_head(model, args.task, args.head))
     elif method.layer is None:
         inject(model, args.method)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
-        inject(model, args.method, args.targets, args.rank, alpha, args.dropout, **options)
+        inject(model, args.method, args.targets, args.rank, alpha, args.dropout, whole,
+               **options)
     return [model.injected, fingerprint(state(model), torch.float32)]
 
 
@@ -240,6 +241,7 @@ def adapt_again(model, args: Namespace, options: dict) -> list:
     if not (Path(args.out) / CHECKPOINT).exists():
         try:
             import_peft(model, args.from_peft, **options)
+            train_whole(model, give_head(model, args.task, args.head))
         except UserError as error:
             raise UserError(f"{args.out}: has no checkpoint yet, so it needs --from-peft again: "
                             f"{error}") from None
@@ -274,7 +276,7 @@ def resolve(args: Namespace, model, task) -> Flags:
     flags |= dict.fromkeys(unused_flags(args.method))
     flags |= dict.fromkeys(ADAPTER_FLAGS) if args.from_peft is not None else {}
     flags |= dict(max_length=task.setup.max_length, loss_on=task.loss_on)
-    flags |= dict.fromkeys(DROPOUTS) | dropouts(model.config)
+    flags |= dict.fromkeys(DROPOUTS) | dropouts(model)
     fill(batch_size=task.defaults["batch_size"])
     if flags["steps"] is None:
         epochs = args.epochs or task.defaults.get("epochs")

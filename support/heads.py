@@ -4,7 +4,7 @@ from argparse import Namespace
 import torch
 
 from data import labels_for
-from encoder import Encoder, EncoderConfig
+from encoder import Encoder
 from formats.checkpoint import say_once
 from support.errors import UserError
 from support.parser import flag
@@ -12,19 +12,23 @@ from support.parser import flag
 DROPOUTS = {"base_dropout": ("dropout", "attention_dropout"), "head_dropout": ("head_dropout",)}
 
 
-def give_head(model, task: str, head: bool | None, draw: bool = True) -> None:
-    """Gives the model the head that a task needs, in float32, since it trains.
+def give_head(model, task: str, head: bool | None, draw: bool = True) -> list[str]:
+    """Gives the model the head that a task needs, in float32, since it trains; returns its name.
 
+    The list is empty if the task needs none.
     head: the value of --head. A checkpoint's own head stays if it has the right number of outputs.
     Raises UserError if task and model do not go together, or if a head must be drawn and `draw` is
     False.
     """
     labels = labels_for(task, head, model.config)
     if labels is None:
-        return
-    old = getattr(model.config, "n_labels", None)
+        return []
+    is_encoder = isinstance(model, Encoder)
+    old = (model.config.n_labels if is_encoder else
+           None if model.score is None else model.score.out_features)
     if old == len(labels):
-        put_in_order(model, labels)
+        if is_encoder:
+            put_in_order(model, labels)
         if not draw:
             say_once(f"{task}: the head's outputs are read as {', '.join(labels)}")
     elif not draw:
@@ -35,10 +39,11 @@ def give_head(model, task: str, head: bool | None, draw: bool = True) -> None:
             say_once(f"{task}: the model's head for {old} labels gives way to one for "
                      f"{len(labels)}")
         model.add_head(len(labels))
-        if isinstance(model, Encoder):
+        if is_encoder:
             model.config.labels = list(labels)
     own = model.get_submodule(model.label_head)
     own.to(torch.promote_types(next(own.parameters()).dtype, torch.float32))
+    return [model.label_head]
 
 
 @torch.no_grad()
@@ -64,7 +69,7 @@ def set_dropout(model, flags: Namespace) -> None:
 
     Raises UserError if the user gave a flag for a decoder, which has no dropout.
     """
-    is_encoder = isinstance(model.config, EncoderConfig)
+    is_encoder = isinstance(model, Encoder)
     for name, fields in DROPOUTS.items():
         if not is_encoder and name in getattr(flags, "given", ()):
             raise UserError(f"{flag(name)}: only encoders have such dropout")
@@ -73,7 +78,7 @@ def set_dropout(model, flags: Namespace) -> None:
                 setattr(model.config, own, getattr(flags, name))
 
 
-def dropouts(config) -> dict[str, float]:
-    """Returns the value of each flag on dropout that the model has; none on a decoder."""
-    return {name: getattr(config, fields[0]) for name, fields in DROPOUTS.items()
-            if isinstance(config, EncoderConfig)}
+def dropouts(model) -> dict[str, float]:
+    """Returns the value of each flag on dropout that the model has; none if it is no encoder."""
+    return {name: getattr(model.config, fields[0]) for name, fields in DROPOUTS.items()
+            if isinstance(model, Encoder)}

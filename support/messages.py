@@ -32,7 +32,7 @@ def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts
               + "".join(f", {name} {getattr(args, name)}" for name in method.options
                         if getattr(args, name) is not None)
               + (f", lr_ratio {args.lr_ratio:g}" if method.layer.lr_ratio_parameters else ""))
-    if own := dropouts(model.config):
+    if own := dropouts(model):
         print("base dropout {base_dropout:g}, head dropout {head_dropout:g}".format(**own))
     if args.recipe is not None:
         same = {name: value for name, value in recipe(args.recipe, args.task).items()

@@ -1,7 +1,6 @@
 """Makes small encoders with a tokenizer for tests of heads for labels, and a set of pairs."""
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
@@ -84,6 +83,6 @@ def labelled(*labels, **own) -> list[Labelled]:
 def head_of(rows: list[list[float]]):
     """Makes a model whose head gives these outputs, whatever it reads."""
     model = torch.nn.Linear(1, 1)
-    model.config = SimpleNamespace(pad=0, vocab_size=Tokenizer.vocab_size, max_positions=32)
+    model.config = config_of()
     model.classify = lambda tokens, mask, types=None: torch.tensor(rows)[:len(tokens)]
     return model

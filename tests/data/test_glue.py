@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHARED, needs
+from encoders import encoder_of
 from runs import assert_eval_repeats, result_of, setup_of
 from scipy import stats
 
 import train
-from data import TASKS, glue, load_task, options_of
+from data import LABELS, TASKS, glue, load_task, options_of
 from data.scoring import choice_losses
+from data.task import Setup
 from support.errors import UserError
 
 REAL = SHARED / "glue"
@@ -334,6 +336,56 @@ def test_a_short_run_learns_its_twelve_rows_and_eval_repeats_it(name, metrics, t
     assert_eval_repeats(capsys, "--predictions", "out.jsonl")
     lines = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[0].keys() == {"group", "prompt", "answer", "gold"}
+
+
+# ---- by a trained head
+
+def by_head(name: str, folder: Path):
+    model = encoder_of()
+    return load_task(f"glue/{name}", Setup(None, model.config, 32), data_dir=str(folder))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_head_reads_the_same_rows(name, tmp_path):
+    """In words and by a head: equal texts and equal labels, in equal splits."""
+    glue_folder(tmp_path, name)
+    words, head = read(name, tmp_path), by_head(name, tmp_path)
+    spec = glue.SETS[f"glue/{name}"]
+    assert LABELS[f"glue/{name}"] == head.labels == spec.labels
+    assert len(spec.labels) == (1 if name == "stsb" else len(spec.words))
+    for split in ("train", "valid", "test"):
+        ours, theirs = getattr(head, split), getattr(words, split)
+        assert [glue.in_words(e, spec) for e in ours] == theirs
+        assert {(e.start, e.n) for e in ours} == {(0, len(spec.labels))}
+    if name == "mnli":
+        assert [e.label for e in head.test] == [0, 1, 2] * 2
+        assert [head.say(e, e.label) for e in head.test[:3]] == ["contradiction", "entailment",
+                                                                 "neutral"]
+    assert (head.train[0].second is None) == (name in ("sst2", "cola"))
+
+
+def test_a_decoder_takes_the_head_where_it_is_asked_for(base, tmp_path):
+    setup, folder = setup_of(*base), str(glue_folder(tmp_path, "rte"))
+    assert isinstance(load_task("glue/rte", setup, data_dir=folder, head=True), glue.GlueByHead)
+    for head in (None, False):
+        assert isinstance(load_task("glue/rte", setup, data_dir=folder, head=head), glue.Glue)
+
+
+def test_a_head_s_official_metrics(tmp_path, monkeypatch):
+    answers = []
+    monkeypatch.setattr(glue.GlueByHead, "answers", lambda *_: answers)
+    glue_folder(tmp_path, "mnli")
+    task, answers = by_head("mnli", tmp_path), [0, 1, 2, 1, 0, 2]
+    scores = task.score(None, task.test)
+    assert scores.values == {"accuracy_matched": 1, "accuracy_mismatched": 1 / 3}
+    assert scores.counts == {"accuracy_matched": 3, "accuracy_mismatched": 3}
+    glue_folder(tmp_path, "stsb")
+    task, answers = by_head("stsb", tmp_path), [-0.5, 9.0, 1.0, 2.0, 3.0, 4.0]
+    scores = task.score(None, task.test)            # the output as it is, outside [0, 5] too
+    assert scores.values == pytest.approx({
+        "pearson": stats.pearsonr(range(6), answers).statistic,
+        "spearman": stats.spearmanr(range(6), answers).statistic})
+    assert scores.counts == {} and scores.predictions[1]["answer"] == 9.0
 
 
 # ---- the real files

@@ -50,6 +50,13 @@ def test_the_grid_is_every_combination_once(capsys):
     assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 
+def test_a_recipe_brings_its_rank(capsys):
+    flags = ["--methods", "adalora", "--lrs", "1e-3", "--task", "glue/rte", "--data-dir", "."]
+    for more, rank in ([], "8"), (["--recipe", "adalora"], "2"), (
+            ["--recipe", "adalora", "--ranks", "4"], "4"):
+        assert [value_of(line, "--rank") for line in listed(capsys, *flags, *more)] == [rank]
+
+
 def test_on_another_model_they_are_around_the_rate_for_large_models(capsys):
     lines = listed(capsys, "--methods", "lora", "--model", "some/where", *SHORT)
     assert [value_of(line, "--lr") for line in lines] == ["0.0001", "0.0002", "0.0004"]

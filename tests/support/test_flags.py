@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import BASE
+from encoders import encoder_of, opens, rte_folder
 from runs import ITEMS, SHORT, refused
 
 import eval as evaluation
 import train
+from data import TASKS, recipes
 from data.text import Text
 from methods import METHODS
 from support import flags as flags_of_train
@@ -48,6 +50,66 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 def test_wrong_flags_end_with_one_line_and_write_nothing(flags, said, capsys):
     assert said in refused(capsys, *flags)
     assert list(Path().iterdir()) == []
+
+
+RTE = ["--method", "adalora", "--task", "glue/rte", "--data-dir", "."]
+
+
+def followed(*flags: str) -> dict:
+    """Returns the flags as check_flags() leaves them."""
+    args = flags_of_train.parse_flags([*RTE, *flags])
+    flags_of_train.check_flags(args)
+    return vars(args)
+
+
+def test_a_recipe_fills_in_what_the_user_left_out():
+    args = followed("--recipe", "adalora", "--lr", "7e-4", "--batch-size", "8")
+    row = dict(max_length=320, epochs=50, warmup=200, head_dropout=0.2, weight_decay=0.01,
+               alpha=32, gamma=0.3, t_init=600, delta_t=1, t_final=1800, rank=2,
+               targets="q,k,v,o,up,down")
+    assert {name: args[name] for name in row} == row
+    assert (args["lr"], args["batch_size"]) == (7e-4, 8)                    # the user's
+    args = followed("--recipe", "adalora", "--steps", "9")
+    assert args["epochs"] is None and args["steps"] == 9
+    args = followed("--recipe", "lora", "--method", "lora")
+    assert (args["rank"], args["alpha"], args["targets"]) == (8, 16, "q,v")
+    assert (args["lr"], args["epochs"], args["batch_size"]) == (5e-4, 80, 32)
+    assert args["warmup"] is None                                           # 6 % of the run
+    args = followed("--recipe", "adalora", "--method", "lora")
+    assert args["gamma"] is None and (args["rank"], args["lr"]) == (2, 1.2e-3)
+    assert followed("--recipe", "lora", "--method", "full")["rank"] == 8    # its default, unused
+
+
+@pytest.mark.parametrize("name, rows", [("lora", recipes.LORA), ("adalora", recipes.ADALORA)])
+def test_every_set_has_a_line_in_each_recipe(name, rows):
+    known = vars(flags_of_train.parse_flags(RTE))
+    assert {f"glue/{of_set}" for of_set in rows} == {task for task in TASKS if "glue" in task}
+    for of_set in rows:
+        found = recipes.recipe(name, f"glue/{of_set}")
+        columns, same = recipes.RECIPES[name][1:]
+        assert list(found) == [*columns, *same] and found.keys() <= known.keys()
+        assert len(rows[of_set]) == len(columns) and found["lr"] < 3e-3 <= found["epochs"]
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--method", "lora", "--recipe", "lora"], "--recipe lora: has no line for task facts"),
+    ([*RTE, "--recipe", "adalor"], "--recipe adalor: unknown; did you mean adalora?"),
+])
+def test_a_recipe_that_does_not_fit_is_refused(flags, said, capsys):
+    assert said in refused(capsys, *flags)
+
+
+def test_the_header_says_what_the_recipe_set(monkeypatch, tmp_path, capsys):
+    opens(monkeypatch, lambda dtype: encoder_of(dtype=dtype))
+    train.main([*RTE[:-1], str(rte_folder(tmp_path)), "--recipe", "adalora", "--model", "x",
+                "--steps", "4", "--t-init", "1", "--t-final", "1", "--lr", "1e-3", "--out", "run"])
+    shown = capsys.readouterr().out
+    flags = json.loads(Path("run/config.json").read_text())["args"]
+    line = next(line for line in shown.splitlines() if line.startswith("recipe"))
+    for name in ("warmup", "head_dropout", "alpha", "gamma", "rank", "targets", "weight_decay"):
+        assert f"{name} {flags[name]}".removesuffix(".0") in line
+    for name in ("lr", "t_init", "epochs", "max_length"):
+        assert f" {name} " not in line
 
 
 def test_flags_that_a_text_task_cannot_follow_are_refused(capsys):
