@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
-from runs import assert_eval_repeats, refused, result_of
+from runs import assert_eval_repeats, result_of
 from small_tokenizers import DEBERTA_MARKS, ROBERTA_MARKS, save_marked, save_spm, save_wordpieces
 
 import convert
@@ -147,20 +147,6 @@ def test_adapters_of_peft_with_a_head_train_on(empty_folder):
     before, after = result_of("run")["before"], result_of("first")["after"]
     assert before == after
     assert result_of("run")["whole"] == result_of("first")["whole"]
-
-
-def test_a_head_for_other_labels_in_peft_s_adapters_is_refused(empty_folder, capsys):
-    flags, base = write_rte(Path()), base_of("deberta-v3")
-    model = load_pretrained(base)[0].add_head(3)
-    convert_whole(model, "adapter")
-    assert "3" in refused(capsys, "--from-peft", "adapter", "--model", str(base), *flags, *SHORT)
-    assert not Path("run").exists()
-
-
-def convert_whole(model, folder):
-    from formats.peft import export_peft
-    from methods import inject
-    export_peft(inject(model, "lora", ["q"], rank=2, whole=["head"]), folder)
 
 
 def test_the_files_of_a_run_say_the_labels(empty_folder):

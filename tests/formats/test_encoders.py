@@ -12,6 +12,8 @@ from convert import load_pretrained, save_pretrained
 
 FEW = ["bert", "roberta", "deberta", "deberta-v3"]
 few = pytest.mark.parametrize("name", FEW)
+every = pytest.mark.parametrize("name", [name if name in FEW else pytest.param(
+    name, marks=pytest.mark.slow) for name in CONFIGS])
 SAPIENS = SHARED / "sapiens_roberta"
 
 
@@ -36,7 +38,7 @@ def outputs(theirs, ours, head, tokens, mask, types):
 
 @pytest.mark.parametrize("length", [1, 2, 17, 40])
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", CONFIGS)
+@every
 def test_we_compute_what_transformers_does(name, head, length):
     theirs, _, ours = encoder(name, head)
     with torch.no_grad():
@@ -57,7 +59,7 @@ def test_in_float64_too_where_transformers_computes_in_it(name):
             torch.testing.assert_close(found, right, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every
 def test_the_gradients_of_every_weight_are_transformers_s(name, tmp_path):
     theirs, _, ours = encoder(name, "labels")
     theirs.zero_grad()
@@ -81,7 +83,7 @@ def test_the_gradients_of_every_weight_are_transformers_s(name, tmp_path):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", CONFIGS)
+@every
 def test_transformers_loads_what_we_save(name, head, tmp_path):
     theirs, _, ours = encoder(name, head)
     save_pretrained(ours, tmp_path)

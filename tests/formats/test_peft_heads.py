@@ -66,7 +66,8 @@ def strip_head(name):
     return model
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "dash"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(name, marks=pytest.mark.slow)
+                                              for name in ("dora", "adalora", "dash"))])
 @pytest.mark.parametrize("targets", ["q,v", "q,k,v,o,up,down"])
 @few
 def test_peft_computes_what_we_write_head_included(name, targets, method, tmp_path):
@@ -190,7 +191,8 @@ def same_labels(theirs, ours, atol=1e-5):
         torch.testing.assert_close(ours.classify(tokens, mask), right, atol=atol, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [family if family in ("llama", "gpt2") else pytest.param(
+    family, marks=pytest.mark.slow) for family in DECODERS])
 def test_a_decoder_s_classifier_goes_through_files_and_adapters(family, tmp_path):
     theirs = classifier(family, tmp_path / "theirs")
     ours = load_pretrained(tmp_path / "theirs")[0].eval()
