@@ -1,0 +1,106 @@
+"""Makes the sets of task `mini-nlu`: sentences and pairs about the built-in world, with labels.
+
+    acceptability  2 labels     is the sentence well formed, or did two of its words change places?
+    entailment     3 labels     does the first sentence imply the second, say nothing on it, or
+                                contradict it?
+    similarity     3 labels     do two questions share nothing, the subject or the matter, or both?
+They have the shapes of GLUE's CoLA, MNLI and STS-B. All are about people, in training those of
+`world.taught`, in validation and test those of `world.untaught`. The values are drawn, not looked
+up: what is judged is the form, or the pair, never a fact of the world.
+
+The items come in blocks, and within a block each sentence has each label equally often. So no
+sentence alone tells its label, not even by heart. An ill-formed sentence has the words of a well
+formed one. In a pair of equal subjects, a shared value or a shared matter may be missing.
+"""
+import random
+from dataclasses import replace
+from itertools import product
+from typing import Iterator, NamedTuple
+
+from data.wordings import RELATIONS
+from data.world import (VERSION, Fact, World, pick_one, pick_several, relation_of, say, shuffled)
+
+N = {"train": 1200, "valid": 120, "test": 600}      # items of each set: whole blocks
+
+
+class Item(NamedTuple):
+    """Holds one sentence or two, and the number of their label."""
+    first: str
+    second: str | None
+    label: int
+    set: str
+
+
+def invented(world: World, people: list[str], rng: random.Random, relation: str) -> list[Fact]:
+    """Draws two people and two values, and returns the four facts that they make."""
+    values = pick_several(rng, world.options(relation), 2)
+    subjects = pick_several(rng, [name for name in people if name not in values], 2)
+    return [Fact(*parts, "person") for parts in product(subjects, [relation], values)]
+
+
+# ---- one maker a set: (world, people, rng) -> (first, second, label) of each item of a block
+def acceptability(world: World, people: list[str], rng: random.Random) -> list[tuple]:
+    """Writes a sentence, then the same with two of its words exchanged.
+
+    The first and the last word stay, and so does a name. The words between are exchanged.
+    """
+    while True:
+        fact = invented(world, people, rng, pick_one(rng, list(RELATIONS["person"])))[0]
+        relation = relation_of(fact)
+        template = pick_one(rng, relation.statements + relation.others)
+        words = template.split(" ")
+        pairs = [(i, j) for j in range(1, len(words) - 1) for i in range(1, j)
+                 if words[i] != words[j]]
+        if pairs:
+            i, j = pick_one(rng, pairs)
+            words[i], words[j] = words[j], words[i]
+            return [(say(template, fact), None, 1), (say(" ".join(words), fact), None, 0)]
+
+
+def entailment(world: World, people: list[str], rng: random.Random) -> list[tuple]:
+    """Pairs statements in two wordings on two people and two values.
+
+    0: the same fact. 1: the same value for the other person. 2: another value for the same person.
+    """
+    relation = pick_one(rng, list(RELATIONS["person"]))
+    facts = invented(world, people, rng, relation)
+    first, second = pick_several(rng, RELATIONS["person"][relation].statements, 2)
+    return [(say(first, a), say(second, b), 0 if a == b else 1 if a.value == b.value else 2)
+            for a, b in product(facts, facts) if a.subject == b.subject or a.value == b.value]
+
+
+def similarity(world: World, people: list[str], rng: random.Random) -> list[tuple]:
+    """Pairs questions on two people and two relations, each relation in two wordings.
+
+    2: both the same. 1: either the person or the relation. 0: neither.
+    """
+    relations = pick_several(rng, list(RELATIONS["person"]), 2)
+    wordings = {name: pick_several(rng, RELATIONS["person"][name].questions, 2)
+                for name in relations}
+    topics = list(product(pick_several(rng, people, 2), relations))
+    same = int(2 * rng.random())            # what the pairs of label 1 have in common
+    return [(wordings[a[1]][0].format(subject=a[0]), wordings[b[1]][1].format(subject=b[0]), label)
+            for a, b in product(topics, topics)
+            if (label := (a[0] == b[0]) + (a[1] == b[1])) != 1 or a[same] == b[same]]
+
+
+SETS = {        # name -> its maker, and the number of its labels
+    "acceptability": (acceptability, 2),
+    "entailment": (entailment, 3),
+    "similarity": (similarity, 3),
+}
+
+
+def splits() -> dict[str, list[Item]]:
+    """Makes the items of train, valid and test, the same in every run."""
+    world, rng = World(), random.Random(f"nlu {VERSION}")
+    quarter = len(world.untaught) // 4
+    people = {"train": world.taught, "valid": world.untaught[:quarter],
+              "test": world.untaught[quarter:]}
+    items: dict[str, list[Item]] = {split: [] for split in people}
+    for split, (name, (make, _)) in product(people, SETS.items()):
+        made = []
+        while len(made) < N[split]:
+            made += [Item(*item, name) for item in make(world, people[split], rng)]
+        items[split] += shuffled(rng, made)
+    return items
