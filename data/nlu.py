@@ -13,12 +13,11 @@ sentence alone tells its label, not even by heart. An ill-formed sentence has th
 formed one. In a pair of equal subjects, a shared value or a shared matter may be missing.
 """
 import random
-from dataclasses import replace
 from itertools import product
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 from data.wordings import RELATIONS
-from data.world import (VERSION, Fact, World, pick_one, pick_several, relation_of, say, shuffled)
+from data.world import VERSION, Fact, World, pick_one, pick_several, relation_of, say, shuffled
 
 N = {"train": 1200, "valid": 120, "test": 600}      # items of each set: whole blocks
 
@@ -58,15 +57,16 @@ def acceptability(world: World, people: list[str], rng: random.Random) -> list[t
 
 
 def entailment(world: World, people: list[str], rng: random.Random) -> list[tuple]:
-    """Pairs statements in two wordings on two people and two values.
+    """Pairs two statements on two people with a third, in another wording, on one of them.
 
-    0: the same fact. 1: the same value for the other person. 2: another value for the same person.
+    1: it follows. 0: it gives the value of the other person. Both sentences have the same words
+    in common under both labels.
     """
     relation = pick_one(rng, list(RELATIONS["person"]))
-    facts = invented(world, people, rng, relation)
-    first, second = pick_several(rng, RELATIONS["person"][relation].statements, 2)
-    return [(say(first, a), say(second, b), 0 if a == b else 1 if a.value == b.value else 2)
-            for a, b in product(facts, facts) if a.subject == b.subject or a.value == b.value]
+    a, b, c, d = invented(world, people, rng, relation)     # a and b, c and d: the same person
+    first, second, third = pick_several(rng, RELATIONS["person"][relation].statements, 3)
+    return [(f"{say(first, one)} {say(second, two)}", say(third, fact), int(fact in (one, two)))
+            for one, two in ((a, d), (b, c)) for fact in (a, b, c, d)]
 
 
 def similarity(world: World, people: list[str], rng: random.Random) -> list[tuple]:
@@ -86,7 +86,7 @@ def similarity(world: World, people: list[str], rng: random.Random) -> list[tupl
 
 SETS = {        # name -> its maker, and the number of its labels
     "acceptability": (acceptability, 2),
-    "entailment": (entailment, 3),
+    "entailment": (entailment, 2),
     "similarity": (similarity, 3),
 }
 
