@@ -87,24 +87,26 @@ def init_weights(model: Pretraining, seed: int) -> None:
 
 
 # ---- rows: (world, rng, encode) -> what stands in the row, and which of it was replaced
-def pair_row(first: list[int], second: list[int], right: list[int], rng: random.Random,
-             share: float) -> Row:
-    """Joins two texts as RoBERTa does: <s> first </s></s> second </s>.
-
-    right: the second text as it should be. What differs was replaced. Masks `share` of the rest of
-    the second text.
-    """
-    start = len(first) + 3
-    wrong = {start + i for i, (ours, true) in enumerate(zip(second, right)) if ours != true}
-    return masked([START, *first, END, END, *second, END], wrong,
-                  range(start, start + len(second)), rng, share)
-
-
 def masked(tokens: list[int], replaced: set[int], places: range, rng: random.Random,
            share: float) -> Row:
     """Hides a share of the tokens at `places` that were not replaced."""
     hidden = {i: tokens[i] for i in places if rng.random() < share and i not in replaced}
     return Row([MASK if i in hidden else token for i, token in enumerate(tokens)], hidden, replaced)
+
+
+def pair_row(first: list[int], second: list[int], replaced: set[int], rng: random.Random,
+             share: float) -> Row:
+    """Joins two texts as RoBERTa does: <s> first </s></s> second </s>.
+
+    replaced: places in the second text. Masks `share` of the rest of it.
+    """
+    start = len(first) + 3
+    return masked([START, *first, END, END, *second, END], {start + i for i in replaced},
+                  range(start, start + len(second)), rng, share)
+
+
+def differing(ours: list[int], right: list[int]) -> set[int]:
+    return {i for i, (one, other) in enumerate(zip(ours, right)) if one != other}
 
 
 def write_sentence(world: World, rng: random.Random) -> str:
@@ -124,45 +126,46 @@ def sentence_row(world: World, rng: random.Random, encode: Callable[[str], list[
     elif kind < 0.5:
         tokens = [pick_one(rng, encode(write_sentence(world, rng))) if rng.random() < 0.15
                   else token for token in tokens]
-    wrong = {1 + i for i, (ours, true) in enumerate(zip(tokens, right)) if ours != true}
-    return masked([START, *tokens, END], wrong, range(1, 1 + len(tokens)), rng, MASKED)
+    return masked([START, *tokens, END], {1 + i for i in differing(tokens, right)},
+                  range(1, 1 + len(tokens)), rng, MASKED)
+
+
+FORMS = [("statements", "statements"), ("statements", "statements"), ("statements", "questions"),
+         ("questions", "questions")]    # of the first and the second text, each equally often
 
 
 def told_row(world: World, rng: random.Random, encode: Callable[[str], list[int]],
              two: bool) -> Row:
-    """Tells a made-up fact, or `two` on two subjects. Then tells or asks one again.
+    """Tells or asks a made-up fact, then the same again in any wording. In half of them it errs.
 
-    The values are drawn anew. So only the first text says whether the second is right. Wrong is,
-    after one fact, another subject or value; after two, the value of the other. The wordings
-    differ most times. After one fact the second text may be on another relation: then nothing in
-    it is wrong.
+    The values are drawn anew, so only the first text says whether the second is right. An error is
+    another value, another subject or another relation. Then all tokens that the first text lacks
+    were replaced. With `two` the first text tells a second fact too, and an error is its value.
     """
     kind = pick_one(rng, ["person", "person", "person", "place", "animal", "thing"])
     name, elsewhere = pick_several(rng, list(RELATIONS[kind]), 2)
     x, y = pick_several(rng, world.subjects(kind), 2)
     v, w = pick_several(rng, [value for value in world.options(name) if value not in (x, y)], 2)
-    fact, other = Fact(x, name, v, kind), Fact(y, name, w, kind)
-    form = RELATIONS[kind][name]
-    asks, told_as, share = False, form.statements, MASKED_IN_PAIRS if rng.random() < 0.5 else 0.0
+    fact, other, form = Fact(x, name, v, kind), Fact(y, name, w, kind), RELATIONS[kind][name]
+    first_as, second_as = FORMS[0] if two else pick_one(rng, FORMS)
+    texts = [say(pick_one(rng, getattr(form, first_as)), fact)]
     if two:
-        texts = shuffled(rng, [say(pick_one(rng, told_as), one) for one in (fact, other)])
-        second = pick_one(rng, told_as)
-    else:
-        asks = rng.random() < 0.4
-        if asks and rng.random() < 0.5:
-            told_as = form.questions
-        first = pick_one(rng, told_as)
-        texts = [say(first, fact)]
-        second = first if rng.random() < 0.2 else pick_one(
-            rng, form.questions if asks else form.statements)
-        if asks and rng.random() < 0.4:
-            second, share = pick_one(rng, RELATIONS[kind][elsewhere].questions), MASKED_IN_PAIRS
-    again = fact
+        texts = shuffled(rng, [*texts, say(pick_one(rng, form.statements), other)])
+    first, template = encode(" ".join(texts)), pick_one(rng, getattr(form, second_as))
+    second = right = encode(say(template, fact))
     if rng.random() < 0.5:
-        by_value = two or not asks and rng.random() < 0.5
-        again = replace(fact, value=w) if by_value else replace(fact, subject=y)
-    return pair_row(encode(" ".join(texts)), encode(say(second, again)), encode(say(second, fact)),
-                    rng, share)
+        errors = ["value"] if second_as == "statements" else []     # questions name no value
+        error = pick_one(rng, errors if two else [*errors, "subject", "relation"])
+        if error == "relation":
+            value = pick_one(rng, world.options(elsewhere))
+            template = pick_one(rng, getattr(RELATIONS[kind][elsewhere], second_as))
+            second = encode(say(template, replace(fact, value=value)))
+            return pair_row(first, second, {i for i, token in enumerate(second)
+                                            if token not in first}, rng, 0.0)
+        changed = replace(fact, value=w) if error == "value" else replace(fact, subject=y)
+        second = encode(say(template, changed))
+    return pair_row(first, second, differing(second, right), rng,
+                    MASKED_IN_PAIRS if rng.random() < 0.5 else 0.0)
 
 
 def drill_row(world: World, rng: random.Random, encode: Callable[[str], list[int]]) -> Row:
@@ -181,7 +184,7 @@ def drill_row(world: World, rng: random.Random, encode: Callable[[str], list[int
         new = [draw() for _ in right]
         second = [n if n not in first and (i == 0 or rng.random() < 0.25) else token
                   for i, (n, token) in enumerate(zip(new, right))]
-    return pair_row(first, second, right, rng, MASKED_IN_PAIRS if right is first else 0.0)
+    return pair_row(first, second, differing(second, right), rng, 0.0)
 
 
 MAKERS = {      # kind of row -> its weight in the mix, and its maker
@@ -233,7 +236,7 @@ def summed_losses(model: Pretraining, rows: list[Row]) -> Tensor:
 
 @torch.no_grad()
 def report_scores(model: Pretraining, world: World, encode) -> dict[str, float]:
-    """Measures each kind of row on 256 new ones.
+    """Measures each kind of row on 256 new ones, on all that these rows have.
 
     words: share of the hidden words that are right. found, false alarms: shares of the replaced
     tokens, and of the others, that are called replaced.
@@ -246,7 +249,8 @@ def report_scores(model: Pretraining, world: World, encode) -> dict[str, float]:
         for name, hits in (("words", guessed.argmax(1) == words[words >= 0]),
                            ("found", logits[verdicts == 1] > 0),
                            ("false alarms", logits[verdicts == 0] > 0)):
-            scores[f"{kind}: {name}"] = hits.float().mean().item()
+            if len(hits):
+                scores[f"{kind}: {name}"] = hits.float().mean().item()
     return scores
 
 

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 import pytest
 
 from data import nlu
-from data.nlu import N, SETS, splits
+from data.nlu import SETS, N, splits
 from data.wordings import RELATIONS
 from data.world import World
 

@@ -82,7 +82,7 @@ def test_the_shares_of_masks_are_as_said(world, tokenizer):
     rows = rows_of("sentence", world, tokenizer, 600)
     free = sum(len(row.tokens) - 2 - len(row.replaced) for row in rows)
     assert sum(len(row.hidden) for row in rows) / free == pytest.approx(MASKED, abs=0.015)
-    for kind in ("one told", "two told", "drill"):
+    for kind in ("one told", "two told"):
         rows = [row for row in rows_of(kind, world, tokenizer, 900) if row.hidden]
         free = 0
         for row in rows:
@@ -152,8 +152,9 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(tmp_path, monkeypatch):
     Encoder(ours.EncoderConfig(**config)).load_state_dict(one)
 
 
-def test_the_report_has_every_kind_of_row(world, tokenizer, monkeypatch):
+def test_the_report_has_every_kind_of_row(world, tokenizer):
     model = ours.Pretraining(ours.config())
     ours.init_weights(model, 0)
     scores = ours.report_scores(model, world, tokenizer.encode)
-    assert len(scores) == 3 * len(MAKERS) and all(0 <= share <= 1 for share in scores.values())
+    assert len(scores) == 3 * len(MAKERS) - 1               # drills hide no words
+    assert all(0 <= share <= 1 for share in scores.values())
