@@ -1,10 +1,10 @@
 """Makes the sets of task `mini-nlu`: sentences and pairs about the built-in world, with labels.
 
     acceptability  2 labels     is the sentence well formed, or did two of its words change places?
-    entailment     3 labels     does the first sentence imply the second, say nothing on it, or
-                                contradict it?
-    similarity     3 labels     do two questions share nothing, the subject or the matter, or both?
-They have the shapes of GLUE's CoLA, MNLI and STS-B. All are about people, in training those of
+    paraphrase     2 labels     do the two questions ask the same?
+    entailment     2 labels     does the second text follow from the first?
+    similarity     3 labels     how many of the two facts do both texts state?
+They have the shapes of GLUE's CoLA, QQP, RTE and STS-B. All are about people, in training those of
 `world.taught`, in validation and test those of `world.untaught`. The values are drawn, not looked
 up: what is judged is the form, or the pair, never a fact of the world.
 
@@ -69,23 +69,46 @@ def entailment(world: World, people: list[str], rng: random.Random) -> list[tupl
             for one, two in ((a, d), (b, c)) for fact in (a, b, c, d)]
 
 
-def similarity(world: World, people: list[str], rng: random.Random) -> list[tuple]:
+def paraphrase(world: World, people: list[str], rng: random.Random) -> list[tuple]:
     """Pairs questions on two people and two relations, each relation in two wordings.
 
-    2: both the same. 1: either the person or the relation. 0: neither.
+    1: the same person and relation. 0: another person, or in other blocks another relation.
     """
     relations = pick_several(rng, list(RELATIONS["person"]), 2)
     wordings = {name: pick_several(rng, RELATIONS["person"][name].questions, 2)
                 for name in relations}
     topics = list(product(pick_several(rng, people, 2), relations))
-    same = int(2 * rng.random())            # what the pairs of label 1 have in common
-    return [(wordings[a[1]][0].format(subject=a[0]), wordings[b[1]][1].format(subject=b[0]), label)
-            for a, b in product(topics, topics)
-            if (label := (a[0] == b[0]) + (a[1] == b[1])) != 1 or a[same] == b[same]]
+    kept = int(2 * rng.random())            # what the pairs of label 0 have in common
+    return [(wordings[a[1]][0].format(subject=a[0]), wordings[b[1]][1].format(subject=b[0]),
+             int(a == b)) for a, b in product(topics, topics) if a[kept] == b[kept]]
+
+
+def similarity(world: World, people: list[str], rng: random.Random) -> list[tuple]:
+    """Pairs texts of two facts on one person. The label is the number of facts in common: 0 to 2.
+
+    Both texts are on the same two relations, in two wordings each, and in any order.
+    """
+    names = pick_several(rng, list(RELATIONS["person"]), 2)
+    subject = pick_one(rng, people)
+    pairs = [pick_several(rng, [value for value in world.options(name) if value != subject], 2)
+             for name in names]
+    sides = list(zip(*(pick_several(rng, RELATIONS["person"][name].statements, 2)
+                       for name in names)))
+    orders = [shuffled(rng, [0, 1]) for _ in sides]
+    kept = int(2 * rng.random())            # the fact in common of pairs of label 1
+
+    def text(side: int, values: tuple) -> str:
+        return " ".join(say(sides[side][i], Fact(subject, names[i], values[i], "person"))
+                        for i in orders[side])
+
+    return [(text(0, a), text(1, b), (a[0] == b[0]) + (a[1] == b[1]))
+            for a, b in product(product(*pairs), product(*pairs))
+            if a[kept] == b[kept] or a[1 - kept] != b[1 - kept]]
 
 
 SETS = {        # name -> its maker, and the number of its labels
     "acceptability": (acceptability, 2),
+    "paraphrase": (paraphrase, 2),
     "entailment": (entailment, 2),
     "similarity": (similarity, 3),
 }
