@@ -22,11 +22,13 @@ import random
 import re
 import tempfile
 import time
+from argparse import Namespace
 from itertools import product
 from pathlib import Path
+from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from data.mini import MATCH, splits
@@ -98,7 +100,7 @@ def text_of_step(world: World, tokenizer, seed: int, step: int) -> list[Sequence
     return sequences
 
 
-def groups_by_length(sequences: list[Sequence]) -> list[list[Sequence]]:
+def groups_by_length(sequences: list) -> list[list]:
     """Groups sequences of similar length, so that little of a batch is padding."""
     groups: list = []
     for sequence in sorted(sequences, key=lambda s: len(s.tokens)):
@@ -186,31 +188,34 @@ def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None
     save_ranks(ranks, folder / "base.tiktoken")
 
 
-@exit_on_user_error
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=10000,
-                        help="optimizer steps of 2,048 tokens (10000)")
+def parse_flags(doc: str, steps: int, tokens: int, out: Path, argv: list[str] | None) -> Namespace:
+    """Reads --steps, --seed and --out. Raises UserError if a number is out of bounds."""
+    parser = Parser(doc.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=steps,
+                        help=f"optimizer steps of {tokens:,} tokens ({steps})")
     parser.add_argument("--seed", type=int, default=0,
                         help="seed of the initial weights and the text (0)")
-    parser.add_argument("--out", type=Path, default=ROOT / "data" / "base",
-                        help="folder to write (data/base)")
+    parser.add_argument("--out", type=Path, default=out,
+                        help=f"folder to write ({out.relative_to(ROOT)})")
     args = parser.parse_args(argv)
     if args.steps < 1:
         raise UserError(f"--steps {args.steps}: must be at least 1")
     if not 0 <= args.seed < 2 ** 32:
         raise UserError(f"--seed {args.seed}: must be from 0 to 2^32 - 1")
-    world = World()
-    ranks = learn_pieces(world)
-    model = Transformer(config())
-    init_weights(model, args.seed)
-    with tempfile.TemporaryDirectory() as folder:       # an earlier base stays until the end
-        save_base(model, ranks, Path(folder))
-        tokenizer = load_tokenizer(folder)
+    return args
+
+
+def train(model: nn.Module, args: Namespace, recipe, add_gradients: Callable[[int], float],
+          report: Callable[[], dict[str, float]], keep: Callable[[], None]) -> None:
+    """Trains the model, from its last checkpoint on if there is one, and prints its scores.
+
+    recipe: all that decides the text and the model, to refuse a checkpoint of another run.
+    add_gradients(step) runs backward on the step's loss, and returns the loss. keep() writes what
+    ships. Raises UserError if the checkpoint is damaged or of another run.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
     checkpoint, first = args.out / "pretrain.pt", 0
-    recipe = list(ranks), config(), FIRST_MIX, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
     run = {"seed": args.seed, "steps": args.steps, "world": VERSION,
            "recipe": hashlib.sha256(repr(recipe).encode()).hexdigest()}
 
@@ -235,14 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     began, bar = time.time(), tqdm(range(first, args.steps), initial=first, total=args.steps,
                                    unit="step")
     for step in bar:
-        sequences, loss = text_of_step(world, tokenizer, args.seed, step), 0.0
-        n = sum(len(s.tokens) - s.start for s in sequences)
-        for group in groups_by_length(sequences):
-            share = target_loss(model, *collate(group)) / n
-            share.backward()
-            loss += share.item()
-        for tokens, is_target in drills(args.seed, step):
-            (DRILL_WEIGHT * target_loss(model, tokens, is_target) / is_target.sum()).backward()
+        loss = add_gradients(step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -251,15 +249,41 @@ def main(argv: list[str] | None = None) -> None:
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % EVERY == 0 and step + 1 < args.steps:
-            known = report_scores(model, tokenizer, world)
             tqdm.write(f"step {step + 1}  loss {loss:.3f}  " + json.dumps(
-                {name: round(share, 3) for name, share in known.items()}))
+                {name: round(share, 3) for name, share in report().items()}))
             save(step + 1)
-    save_base(model, ranks, args.out)
+    keep()
     checkpoint.unlink(missing_ok=True)
     print(f"last loss {loss:.3f}, {time.time() - began:.0f} s")
-    for name, share in report_scores(model, tokenizer, world).items():
+    for name, share in report().items():
         print(f"{name:24} {share:.4f}")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    args = parse_flags(__doc__, 10000, TOKENS, ROOT / "data" / "base", argv)
+    world = World()
+    ranks = learn_pieces(world)
+    model = Transformer(config())
+    init_weights(model, args.seed)
+    with tempfile.TemporaryDirectory() as folder:       # an earlier base stays until the end
+        save_base(model, ranks, Path(folder))
+        tokenizer = load_tokenizer(folder)
+
+    def add_gradients(step: int) -> float:
+        sequences, loss = text_of_step(world, tokenizer, args.seed, step), 0.0
+        n = sum(len(s.tokens) - s.start for s in sequences)
+        for group in groups_by_length(sequences):
+            share = target_loss(model, *collate(group)) / n
+            share.backward()
+            loss += share.item()
+        for tokens, is_target in drills(args.seed, step):
+            (DRILL_WEIGHT * target_loss(model, tokens, is_target) / is_target.sum()).backward()
+        return loss
+
+    recipe = list(ranks), config(), FIRST_MIX, MIX, TOKENS, LENGTH, START_STEPS, DRILL_WEIGHT
+    train(model, args, recipe, add_gradients, lambda: report_scores(model, tokenizer, world),
+          lambda: save_base(model, ranks, args.out))
 
 
 if __name__ == "__main__":

@@ -158,6 +158,11 @@ def to_bytes(token: str) -> bytes | None:
         return None
 
 
+def spell(token: bytes) -> str:
+    """Converts a token to vocab.json's spelling."""
+    return "".join(chr(256 + _HIDDEN.index(b)) if b in _HIDDEN else chr(b) for b in token)
+
+
 def order_tokens(vocab_path: Path, vocab: dict[str, int], merges_path: Path,
                  pairs: list[tuple[str, ...]], ignore_merges: bool | None = False,
                  added: Iterable[str] = ()) -> dict[bytes, int | None]:

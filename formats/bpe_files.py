@@ -4,6 +4,7 @@
     load_vocab_merges      vocab.json and merges.txt, which name no split pattern
     load_ranks             a rank file: a line "base64 rank" for each token, in the order learnt
     save_ranks             writes one
+    save_roberta_json      writes the same tokens as RoBERTa's tokenizer.json
 """
 import base64
 import json
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
-                         BPETokenizer, order_tokens)
+                         BPETokenizer, order_tokens, spell)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
 from formats.pairs import FAMILIES, find_class, find_family
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
@@ -135,13 +136,8 @@ def read_prefix_space(folder: Path) -> bool:
     return bool(read_json_if_there(folder / "tokenizer_config.json").get("add_prefix_space"))
 
 
-def load_ranks(path: Path) -> Tokenizer:
-    """Loads a rank file. The rank of a token is its id too.
-
-    A tokenizer.model is LLaMA-3's: it has LLaMA-3's split pattern and special names. Any other
-    file has Qwen's pattern if the model_type in config.json starts with qwen, else GPT-2's. Its
-    special tokens are the ids in config.json that are no ranks: <|bos|>, <|eos|> and <|pad|>.
-    """
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """Reads a rank file: token -> rank, in rank order. Raises UserError if it is none."""
     tokens: dict[bytes, int] = {}
     for number, line in enumerate(read_bytes(path).rstrip().split(b"\n"), 1):
         try:
@@ -156,6 +152,17 @@ def load_ranks(path: Path) -> Tokenizer:
         tokens[token] = rank
     if missing := [byte for byte in BYTES if byte not in tokens]:
         raise UserError(f"{path}: no token for {len(missing)} of the 256 bytes: {missing[0]!r} ...")
+    return tokens
+
+
+def load_ranks(path: Path) -> Tokenizer:
+    """Loads a rank file. The rank of a token is its id too.
+
+    A tokenizer.model is LLaMA-3's: it has LLaMA-3's split pattern and special names. Any other
+    file has Qwen's pattern if the model_type in config.json starts with qwen, else GPT-2's. Its
+    special tokens are the ids in config.json that are no ranks: <|bos|>, <|eos|> and <|pad|>.
+    """
+    tokens = read_ranks(path)
     config, names = read_ids(path.parent), {}
     if path.name == "tokenizer.model":
         names = {len(tokens) + n: f"<|{name}|>" for n, name in enumerate(LLAMA3_NAMES)}
@@ -178,3 +185,44 @@ def save_ranks(ranks: dict[bytes, int], path: str | Path) -> None:
              for token, rank in sorted(ranks.items(), key=lambda item: item[1]))
     with atomic_write(path) as temporary:
         temporary.write_text("".join(lines), encoding="ascii")
+
+
+def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Finds the two parts that BPE joins to each token, in rank order."""
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            places = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+            at = places.index(min(places))
+            parts[at:at + 2] = [parts[at] + parts[at + 1]]
+        merges += [tuple(parts)] if len(parts) == 2 else []
+    return merges
+
+
+def save_roberta_json(ranks: dict[bytes, int], path: str | Path) -> None:
+    """Writes a tokenizer.json with RoBERTa's special tokens around the ranks.
+
+    The ids are <s> 0, <pad> 1, </s> 2, <unk> 3, rank + 4, and <mask> last. A text begins with a
+    space. So a word has the same token at the start of a text as inside.
+    """
+    special = dict(zip(("<s>", "<pad>", "</s>", "<unk>", "<mask>"), (0, 1, 2, 3, len(ranks) + 4)))
+    vocab = special | {spell(token): rank + 4 for token, rank in ranks.items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+                  "use_regex": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    spec = {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags, "special": True}
+                         for name, i in special.items()],
+        "normalizer": None, "pre_tokenizer": byte_level,
+        "post_processor": {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0],
+                           "trim_offsets": True, "add_prefix_space": True},
+        "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "",
+                  "fuse_unk": False, "byte_fallback": False,
+                  "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
+                  "merges": [" ".join(map(spell, pair)) for pair in list_merges(ranks)]}}
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
