@@ -6,8 +6,9 @@ argument has no default must be given. The loader returns a data.task.Task.
 import inspect
 from argparse import BooleanOptionalAction, Namespace
 from functools import partial
+from pathlib import Path
 
-from data import commonsense, e2e, facts, glue, mini, text
+from data import commonsense, e2e, facts, glue, mini, nlu, text
 from data.labels import uses_head
 from data.task import Setup, Task
 from encoder import EncoderConfig
@@ -17,6 +18,7 @@ from support.parser import flag
 TASKS = {
     "facts": facts.load,
     "mini": mini.load,
+    "mini-nlu": nlu.load,
     "commonsense": commonsense.load,
     "e2e": e2e.load,
     "mini-e2e": e2e.load_mini,
@@ -25,7 +27,9 @@ TASKS = {
     "jsonl": text.load_jsonl,
 }
 # Tasks that can train a head for labels -> the names of its outputs.
-LABELS = {name: spec.labels for name, spec in glue.SETS.items()}
+LABELS = {"mini-nlu": nlu.LABELS, **{name: spec.labels for name, spec in glue.SETS.items()}}
+FOLDER = Path(__file__).parent
+BASE, ENCODER = FOLDER / "base", FOLDER / "encoder"     # the pretrained models that ship
 OPTIONS = {             # flag -> how argparse is to read it
     "data": dict(metavar="FILE", help="text, jsonl: read the examples from this file"),
     "data_dir": dict(metavar="DIR", help="commonsense, e2e, glue/...: read this folder's files"),
@@ -34,9 +38,14 @@ OPTIONS = {             # flag -> how argparse is to read it
     "rewrite_seed": dict(type=int, help="facts: draw the facts to rewrite, and their new values, "
                                         "by this seed (the run's own)"),
     "beams": dict(type=int, help="tasks that write text: search with N beams (1, greedy)"),
-    "head": dict(action=BooleanOptionalAction, help="glue/...: answer by a trained head, not in "
+    "head": dict(action=BooleanOptionalAction, help="glue/..., mini-nlu: answer by a trained head, not in "
                                                     "words (on an encoder yes, else no)"),
 }
+
+
+def base_of(name: str) -> Path:
+    """Returns the pretrained model that a task starts from, unless the user names another."""
+    return ENCODER if name == "mini-nlu" else BASE
 
 
 def options_of(name: str) -> dict:

@@ -16,6 +16,9 @@ import random
 from itertools import product
 from typing import NamedTuple
 
+from data.labels import HeadTask, Labelled
+from data.scoring import shares
+from data.task import Setup
 from data.wordings import RELATIONS
 from data.world import VERSION, Fact, World, pick_one, pick_several, relation_of, say, shuffled
 
@@ -127,3 +130,34 @@ def splits() -> dict[str, list[Item]]:
             made += [Item(*item, name) for item in make(world, people[split], rng)]
         items[split] += shuffled(rng, made)
     return items
+
+
+# ---- the task
+NAMES = {       # set -> the names of its labels
+    "acceptability": ("ill-formed", "well-formed"),
+    "paraphrase": ("different questions", "same question"),
+    "entailment": ("does not follow", "follows"),
+    "similarity": ("no fact in common", "one fact in common", "both facts in common"),
+}
+LABELS = tuple(label for name in SETS for label in NAMES[name])     # the outputs of the one head
+
+
+class NLU(HeadTask):
+    """Scores each set by the share of its items that the head judges rightly."""
+    meaning = {"accuracy": "sentences and pairs that it judges rightly; Avg. is the sets' mean"}
+
+    def metrics(self, examples: list[Labelled], said: list) -> tuple[dict, dict]:
+        by_set, n = shares([e.group for e in examples], [e.label == a for e, a in zip(examples, said)])
+        values = {f"accuracy/{name}": share for name, share in by_set.items()}
+        average = sum(by_set.values()) / len(by_set)
+        return values | {"accuracy/Avg.": average}, {f"accuracy/{name}": n[name] for name in n}
+
+
+def load(setup: Setup, head: bool | None = None) -> NLU:
+    """Builds the task. Each set has outputs of its own in the head."""
+    starts = {name: LABELS.index(NAMES[name][0]) for name in SETS}
+    examples = {split: [Labelled(item.first, item.second, item.label, starts[item.set],
+                                 len(NAMES[item.set]), item.set) for item in items]
+                for split, items in splits().items()}
+    return NLU("mini-nlu", **examples, setup=setup, defaults={"steps": 150, "batch_size": 32},
+               labels=LABELS)

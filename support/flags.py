@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from data import OPTIONS, TASKS, checked_options, options_in, options_of
+from data import BASE, ENCODER, OPTIONS, TASKS, base_of, checked_options, options_in, options_of
 from data.recipes import RECIPES, recipe
 from data.task import BATCH_SIZE
 from formats.checkpoint import MAX_LENGTH
@@ -18,10 +18,8 @@ from support.errors import UserError, nearest
 from support.heads import DROPOUTS, dropouts, give_head, set_dropout
 from support.parser import Parser, default_device, device, flag
 from support.processes import process_count
-from support.run import (CHECKPOINT, FILES, PRECISIONS, ROOT, Flags, fingerprint, read_config,
-                         visible)
+from support.run import CHECKPOINT, FILES, PRECISIONS, Flags, fingerprint, read_config, visible
 
-BASE = ROOT / "data" / "base"
 TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets")
 # The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
@@ -34,8 +32,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     parser = Parser(doc)
     what = parser.add_argument_group("model and data")
     what.add_argument("--method", help=f"train by this method: {', '.join(METHODS)}")
-    what.add_argument("--model", default=str(BASE), help="start from this folder in Hugging Face's "
-                      "layout, or owner/name on the hub (data/base)")
+    what.add_argument("--model", help="start from this folder in Hugging Face's layout, or "
+                      "owner/name on the hub (data/base; mini-nlu: data/encoder)")
     what.add_argument("--task", default="facts",
                       help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
@@ -119,6 +117,7 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                      help="go on with the run in --out. A whole command with --resume can be "
                           "given again and again: it begins the run, goes on or is done")
     args = parser.parse_args(argv)
+    args.model = args.model or str(base_of(args.task))
     args.targets = ",".join(name.strip() for name in args.targets.split(","))
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
@@ -196,8 +195,8 @@ def follow_recipe(args: Namespace) -> None:
 
 
 def ships(model: str) -> bool:
-    """Says whether a model is data/base, which comes with this project."""
-    return Path(model).resolve() == BASE
+    """Says whether a model comes with this project."""
+    return Path(model).resolve() in (BASE, ENCODER)
 
 
 def default_lr(method: str, model: str) -> float:
