@@ -112,7 +112,7 @@ def test_only_the_first_text_tells_what_was_replaced(world, tokenizer):
 
 
 def test_a_second_text_errs_in_one_thing(world, tokenizer):
-    """An error is one value, one subject, or another relation, whose new tokens are all replaced."""
+    """An error is one value, one subject or another relation, all of whose new tokens count."""
     sizes = Counter()
     for row in rows_of("one told", world, tokenizer):
         first, second, start = parts(row)
