@@ -111,6 +111,19 @@ def test_only_the_first_text_tells_what_was_replaced(world, tokenizer):
     assert 0.4 < replaced / 300 < 0.6 and set(values) <= {0, 1, 2}
 
 
+def test_a_second_text_errs_in_one_thing(world, tokenizer):
+    """An error is one value, one subject or another relation, all of whose new tokens count."""
+    sizes = Counter()
+    for row in rows_of("one told", world, tokenizer):
+        first, second, start = parts(row)
+        new = {start + i for i, token in enumerate(second) if token not in first}
+        assert row.replaced <= new
+        sizes[len(row.replaced) if len(row.replaced) < 3 else "relation"] += 1
+        if len(row.replaced) > 2:
+            assert row.replaced == new and not row.hidden
+    assert set(sizes) == {0, 1, 2, "relation"} and 0.4 < sizes[0] / 300 < 0.6
+
+
 def test_a_batch_judges_the_tokens_of_the_texts_alone():
     row = ours.Row([START, 9, MASK, 7, END], {2: 8}, {3})
     tokens, words, verdicts = ours.collate([row, ours.Row([START, 5, END], {}, set())])
