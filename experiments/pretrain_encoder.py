@@ -17,17 +17,15 @@ as many false alarms: so drills may be needless. Which of two values is a person
 1,500. In a trial that also judged whole rows, at <s>, it was by step 600, but other things differed
 too, and fine-tuning scored the same. No fact of the world was learnt by heart.
 """
-import json
 import random
 import tempfile
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.wordings import RELATIONS
@@ -35,9 +33,9 @@ from data.world import Fact, World, pick_one, pick_several, relation_of, say, sh
 from encoder import Encoder, EncoderConfig
 from experiments.pretrain import VOCAB, groups_by_length, parse_flags, train
 from formats.bpe_files import read_ranks, save_roberta_json
+from formats.checkpoint import save_pretrained
 from formats.tokenizer import load_tokenizer
 from support.errors import exit_on_user_error
-from support.files import atomic_write
 from support.run import ROOT
 
 START, PAD, END = 0, 1, 2               # <s>, <pad>, </s>; <unk> is 3, as in RoBERTa's vocabulary
@@ -268,11 +266,8 @@ def report_scores(model: Pretraining, world: World, encode) -> dict[str, float]:
 
 def save_base(encoder: Encoder, ranks: dict[bytes, int], folder: Path) -> None:
     """Writes the encoder, its config and its tokenizer."""
+    save_pretrained(encoder, folder)
     save_roberta_json(ranks, folder / "tokenizer.json")
-    with atomic_write(folder / "config.json") as path:
-        path.write_text(json.dumps(asdict(encoder.config), indent=2) + "\n")
-    with atomic_write(folder / "model.safetensors") as path:
-        save_file(encoder.state_dict(), path)
 
 
 @exit_on_user_error
