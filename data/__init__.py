@@ -38,8 +38,8 @@ OPTIONS = {             # flag -> how argparse is to read it
     "rewrite_seed": dict(type=int, help="facts: draw the facts to rewrite, and their new values, "
                                         "by this seed (the run's own)"),
     "beams": dict(type=int, help="tasks that write text: search with N beams (1, greedy)"),
-    "head": dict(action=BooleanOptionalAction, help="glue/..., mini-nlu: answer by a trained head, not in "
-                                                    "words (on an encoder yes, else no)"),
+    "head": dict(action=BooleanOptionalAction, help="glue/..., mini-nlu: answer by a trained head, "
+                                                    "not in words (on an encoder yes, else no)"),
 }
 
 

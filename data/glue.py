@@ -1,11 +1,15 @@
 """Makes tasks `glue/...`: eight sets of GLUE (Wang et al. 2019, arXiv:1804.07461).
 
 On an encoder, or with --head, a trained head gives the label (data/labels.py). STS-B's score is its
-one output as it is, and the loss is the squared error.
+one output as it is, and the loss is the squared error. --recipe sets what the papers did
+(data/recipes.py).
+
 Else a template asks for the label in words. A model's answer is the likeliest choice after the
-prompt, by the sum of log p over the choice's tokens and eos. Training makes this sum large, so it is not
-divided by the number of tokens, which would favour long words. An untrained model may prefer a
-choice of fewer tokens. --data-dir is the folder of one set, as GLUE ships it or as the raw corpus
+prompt, by the sum of log p over the choice's tokens and eos. Training makes this sum large, so it
+is not divided by the number of tokens, which would favour long words. An untrained model may prefer
+a choice of fewer tokens.
+
+--data-dir is the folder of one set, as GLUE ships it or as the raw corpus
 does (SETS, below). GLUE's test.tsv has no labels, so the dev file is the test split. A tenth of
 train, at most 1,000 rows, is held out for validation. Rows of SST-2 share phrases and rows of QQP
 share questions, so the validation scores of both are too high.
@@ -107,8 +111,8 @@ MRPC = ("#1 String", "#2 String", "Quality")
 # 0.98 (both correlations), and a model's expected score lies between the whole ones anyway.
 SETS = {
     "glue/sst2": GlueSet("Review: {}\nIs it negative or positive?",
-                         {"0": " negative", "1": " positive"}, ("negative", "positive"), (accuracy,),
-                         (Layout(("sentence", "label")),)),
+                         {"0": " negative", "1": " positive"}, ("negative", "positive"),
+                         (accuracy,), (Layout(("sentence", "label")),)),
     "glue/cola": GlueSet("Sentence: {}\nIs it acceptable English?", NO_YES,
                          ("unacceptable", "acceptable"), (matthews, accuracy),
                          (Layout((3, 1), widths=(4,)),

@@ -6,8 +6,8 @@ share a head, each with outputs of its own. With z the example's own n outputs:
     class   loss = log sum_i exp(z_i) - z_label     cross-entropy, in nats
     score   loss = (z_0 - score)^2                  n = 1, in the square of the score's unit
 
-An encoder reads [CLS] first [SEP] second [SEP], as its tokenizer joins a pair. A decoder reads bos,
-the first sentence, a line feed and the second one; if they are too long, the start is lost.
+An encoder reads a pair as its tokenizer joins it (formats/pairs.py). A decoder reads bos, the first
+sentence, a line feed and the second one. If they are too long, it loses their start.
 A family of sets needs only its examples and metrics(); data/glue.py is one.
 """
 import hashlib
@@ -35,7 +35,7 @@ class Labelled:
     second: str | None
     label: int | float              # the number of a class, or a score
     start: int = 0                  # the first output of the head that is the example's own
-    n: int = 2                      # how many are; 1 for a score
+    n: int = 2                      # the number of its outputs; 1 for a score
     group: str = ""                 # the part of the task that the item counts in
     source: str = field(default="", repr=False, compare=False)      # file and line, for errors
 
@@ -91,7 +91,7 @@ def classify(model, tokens: Tensor, mask: Tensor, types: Tensor) -> Tensor:
 
 def label_loss(logits: Tensor, examples: list[Labelled]) -> Tensor:
     """Sums the losses of the examples; logits (B, n_labels)."""
-    alike = defaultdict(list)           # examples of the same outputs -> their rows
+    alike = defaultdict(list)           # (start, n, is_score) -> rows of the batch
     for row, e in enumerate(examples):
         alike[e.start, e.n, e.is_score].append(row)
     total = logits.new_zeros((), dtype=torch.float32)

@@ -147,7 +147,8 @@ class NLU(HeadTask):
     meaning = {"accuracy": "sentences and pairs that it judges rightly; Avg. is the sets' mean"}
 
     def metrics(self, examples: list[Labelled], said: list) -> tuple[dict, dict]:
-        by_set, n = shares([e.group for e in examples], [e.label == a for e, a in zip(examples, said)])
+        right = [e.label == answer for e, answer in zip(examples, said)]
+        by_set, n = shares([e.group for e in examples], right)
         values = {f"accuracy/{name}": share for name, share in by_set.items()}
         average = sum(by_set.values()) / len(by_set)
         return values | {"accuracy/Avg.": average}, {f"accuracy/{name}": n[name] for name in n}
@@ -159,5 +160,5 @@ def load(setup: Setup, head: bool | None = None) -> NLU:
     examples = {split: [Labelled(item.first, item.second, item.label, starts[item.set],
                                  len(NAMES[item.set]), item.set) for item in items]
                 for split, items in splits().items()}
-    return NLU("mini-nlu", **examples, setup=setup, defaults={"steps": 150, "batch_size": 32},
+    return NLU("mini-nlu", **examples, setup=setup, defaults={"steps": 250, "batch_size": 32},
                labels=LABELS)

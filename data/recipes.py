@@ -6,10 +6,11 @@ lora     RoBERTa-base (Hu et al. 2021, arXiv 2106.09685, table 9): rank 8 on q a
          from MNLI's adapters, for which there is no flag here.
 adalora  DeBERTaV3-base (Zhang et al. 2023, 2303.10512, table 8): all six linear layers, batch 32,
          beta .85 (AdaLoRA's default here). The rows are the scripts'. The table differs in lr: QNLI
-         1.2e-3, QQP 5e-4, CoLA 5e-4; and in gamma: CoLA .5, STS-B .1. Rank 2 from 3 is the paper's
-         smaller budget; the scripts say 1 from 2, in CoLA's 1 from 3. MRPC's warm-up is 10 % of
-         its 3,450 steps. LoRA-Dash's code for GLUE shares this recipe.
-Linear decay, as train.py has it. AdaLoRA's t_init and t_final are steps, of runs as long as these.
+         1.2e-3, QQP 5e-4, CoLA 5e-4; and in gamma: CoLA .5, STS-B .1. The paper's smaller budget
+         starts at rank 3 and ends at 2. The scripts go from 2 to 1, for CoLA from 3 to 1. MRPC's
+         warm-up is 10 % of its 3,450 steps. LoRA-Dash's code for GLUE shares this recipe.
+The learning rate falls in a line, as train.py has it. AdaLoRA's t_init and t_final are steps, of
+runs as long as these.
 """
 from support.errors import UserError, nearest
 
@@ -23,7 +24,8 @@ LORA = {        # set: lr, epochs, batch
     "rte":  (5e-4, 80, 32),
     "stsb": (4e-4, 40, 16),
 }
-ADALORA = {     # set: tokens, lr, epochs, warm-up, head dropout, decay, alpha, gamma, ti dt tf
+# set: tokens, lr, epochs, warm-up, head dropout, decay, alpha, gamma, t_init, delta_t, t_final
+ADALORA = {
     "mnli": (256, 5e-4, 7, 1000, 0.15, 0.0, 16, 0.1, 8000, 100, 50000),
     "rte":  (320, 1.2e-3, 50, 200, 0.2, 0.01, 32, 0.3, 600, 1, 1800),
     "qnli": (512, 5e-4, 5, 500, 0.1, 0.01, 32, 0.1, 2000, 100, 8000),

@@ -72,7 +72,7 @@ def kept_by_attention(model: nn.Module, texts: int, length: int) -> int:
                     requires_grad=True)
     mask = torch.ones(texts, length, device=weight.device)
     if isinstance(model, Encoder):
-        attention, table = model.layers[0].attn, model.near_distances(length)
+        attention, table = model.layers[0].attn, model.distance_rows(length)
         table = table[0].detach(), table[1]
         owned = addresses(attention, x, *table)
         return kept_for_backward(lambda: attention(x, mask.bool()[:, None, None], table), owned)

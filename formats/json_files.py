@@ -49,7 +49,7 @@ def expected_layout(path: Path):
 
 
 def read_value(raw: dict, key: str, kind: str):
-    """Returns raw[key]. Raises UserError if it is not of that kind, which is a key of the table below."""
+    """Returns raw[key]. Raises UserError if it is not of that kind, a key of the table below."""
     value = raw.get(key)
     right, expected = {
         "size": (type(value) is int and 1 <= value <= 2 ** 24, "a whole number from 1 to 2^24"),

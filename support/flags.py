@@ -22,6 +22,7 @@ from support.run import CHECKPOINT, FILES, PRECISIONS, Flags, fingerprint, read_
 
 TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets")
+ENCODER_SHARE = 0.3     # of the rates for data/base, on data/encoder: the head learns at them too
 # The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
                       for name, option in method.options.items()}
@@ -202,6 +203,8 @@ def ships(model: str) -> bool:
 def default_lr(method: str, model: str) -> float:
     """Returns a method's learning rate for a model, used if --lr is not given."""
     chosen = METHODS[method]
+    if Path(model).resolve() == ENCODER:
+        return ENCODER_SHARE * chosen.lr
     return chosen.lr if chosen.large_lr is None or ships(model) else chosen.large_lr
 
 

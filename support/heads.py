@@ -13,10 +13,10 @@ DROPOUTS = {"base_dropout": ("dropout", "attention_dropout"), "head_dropout": ("
 
 
 def give_head(model, task: str, head: bool | None, draw: bool = True) -> list[str]:
-    """Gives the model the head that a task needs, in float32, since it trains; returns its name.
+    """Gives the model the head that a task needs; returns its name, in a list.
 
-    The list is empty if the task needs none.
-    head: the value of --head. A checkpoint's own head stays if it has the right number of outputs.
+    The list is empty if the task needs no head. A head trains, so it is float32. head: the value of
+    --head. A checkpoint's own head stays if it has the right number of outputs.
     Raises UserError if task and model do not go together, or if a head must be drawn and `draw` is
     False.
     """

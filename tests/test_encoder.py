@@ -65,10 +65,11 @@ def test_the_scores_of_the_worked_case():
     layer.k.weight.data, layer.q.weight.data = torch.tensor([[1., 0]]), torch.tensor([[0, 1.]])
     layer.double()
     q = k = torch.tensor([1., 2]).view(1, 1, 2, 1).double()
-    rows = torch.tensor([[5., 0], [6, 1], [7, 0]]).double()         # K and Q of three distances
+    rows = torch.tensor([[5., 0], [6, 1], [7, 2]]).double()         # K and Q of three distances
     found = layer.scores(q, k, rows, torch.tensor([0, 1, 2]))[0, 0] * math.sqrt(3)
-    # (0, 0): 1 + 1 * 6 + 1 * 1; (0, 1): 2 + 1 * 5 + 2 * 0; (1, 0): 2 + 2 * 7 + 1 * 0; (1, 1): ...
-    assert torch.allclose(found, torch.tensor([[8., 7], [16, 18]]).double())
+    # (0, 0): 1 + 1 * 6 + 1 * 1; (0, 1): 2 + 1 * 5 + 2 * 0; (1, 0): 2 + 2 * 7 + 1 * 2;
+    # (1, 1): 4 + 2 * 6 + 2 * 1
+    assert torch.allclose(found, torch.tensor([[8., 7], [18, 18]]).double())
 
 
 def numpy_attention(layer, x, mask, rows_of_table, config):
@@ -106,12 +107,12 @@ def numpy_attention(layer, x, mask, rows_of_table, config):
 def test_deberta_s_attention_is_its_formula(kind, T):
     model, (tokens, mask) = model_of(KINDS[kind]), texts(T)
     mask[:, 0] = True
-    x = model.embed_norm(model.embed(tokens)) * mask[..., None]
+    x = model.embed_norm(model.embed(tokens))
     table = model.distances.weight
     table = table if model.distance_norm is None else model.distance_norm(table)
     right = numpy_attention(model.layers[0].attn, x.detach().numpy(), mask.numpy(),
                             table.detach().numpy(), KINDS[kind])
-    found = model.layers[0].attn(x, mask[:, None, None], model.near_distances(T))
+    found = model.layers[0].attn(x, mask[:, None, None], model.distance_rows(T))
     real = mask.numpy()
     assert np.allclose(found.detach().numpy()[real], right[real], rtol=0, atol=1e-12)
 
@@ -223,7 +224,7 @@ def test_deberta_keeps_less_than_two_square_matrices_a_head_for_backward():
     model = Encoder(config)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(torch.randn(2, T, 16, requires_grad=True), torch.ones(2, 1, 1, T, dtype=torch.bool),
-              model.near_distances(T))
+              model.distance_rows(T))
     square = 2 * config.n_heads * T * T * 4
     large = sum(size for size in kept.values() if size >= square / 4)
     assert large < 3.3 * square

@@ -1,5 +1,4 @@
 """How the encoder is trained: rows that depend on the step alone, masks and replaced tokens."""
-import json
 import random
 from collections import Counter
 
@@ -10,11 +9,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from data.world import World
-from encoder import Encoder
 from experiments import pretrain
 from experiments import pretrain_encoder as ours
 from experiments.pretrain_encoder import END, FIRST, MAKERS, MASK, MASKED, MASKED_IN_PAIRS, START
 from formats.bpe_files import read_ranks, save_roberta_json
+from formats.checkpoint import load_pretrained
 from formats.tokenizer import load_tokenizer
 
 
@@ -161,8 +160,8 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(tmp_path, monkeypatch):
     assert calls == [0, 1, 2, 3, 2, 3]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    Encoder(ours.EncoderConfig(**config)).load_state_dict(one)
+    model, tokenizer = load_pretrained(tmp_path / "whole")
+    assert model.config == ours.config() and tokenizer.mask == ours.MASK
 
 
 def test_the_report_has_every_kind_of_row(world, tokenizer):
