@@ -12,7 +12,7 @@ from experiments.references import INSTALLED, in_transformers
 from support.run import PRECISIONS
 
 SHAPES = ((8, 128), (2, 512))           # texts and their tokens
-SIZE = dict(d_model=768, n_heads=12, d_ff=3072)         # those of DeBERTaV3-base; of its 12 layers 2
+SIZE = dict(d_model=768, n_heads=12, d_ff=3072)         # DeBERTaV3-base's; 2 of its 12 layers
 
 
 def encoder_part(args: Namespace) -> list[dict]:

@@ -110,8 +110,8 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     with atomic_write(folder / "adapter_model.safetensors") as path:
         save_file(tensors, path, {"format": "pt"})
     with atomic_write(folder / "adapter_config.json") as path:
-        path.write_text(json.dumps(peft_config(model, modules, known, whole, base), indent=2) + "\n",
-                        encoding="utf-8")
+        raw = peft_config(model, modules, known, whole, base)
+        path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return errors
 
 

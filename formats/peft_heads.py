@@ -47,7 +47,8 @@ def fit_head(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
     encoder = isinstance(model, Encoder)
     out, pooled = "head.out" if encoder else "score", encoder and model.config.has_pooler
     if f"{out}.weight" not in head:
-        raise UserError(f"the head for labels lacks its last layer, there is only {few_names(head)}")
+        raise UserError("the head for labels lacks its last layer, there is only "
+                        + few_names(head))
     n_labels = len(head[f"{out}.weight"])
     if model.label_head is None or model.get_parameter(f"{out}.weight").shape[0] != n_labels:
         model.add_head(n_labels)

@@ -70,13 +70,13 @@ def span(value) -> str:
 def print_result(args: Namespace, run: Run, task: Task, before: dict | None, after: dict,
                  seconds: float) -> None:
     """Prints the scores before and after, what each means, and a next command."""
-    print(f"{'':20}{'before':>12}{'after':>12}")
-    explained_kinds = set()
+    explained_kinds, width = set(), max(20, *map(len, after))
+    print(f"{'':{width}}{'before':>12}{'after':>12}")
     for name, value in after.items():
         kind = name.partition("/")[0]
         meaning = "" if kind in explained_kinds else task.meaning.get(kind, "")
         explained_kinds.add(kind)
-        print((f"{name:20} " + (f"{before[name]:11.4f}" if before else f"{'-':>11}")
+        print((f"{name:{width}} " + (f"{before[name]:11.4f}" if before else f"{'-':>11}")
                + f" {value:11.4f}   {meaning}").rstrip())
     print(f"{seconds:.0f} s; loss on {args.loss_on}; results in {run.folder}; next:")
     if not is_listed(args.method):

@@ -365,7 +365,7 @@ def test_eval_scores_an_encoder_by_a_head_of_its_own(monkeypatch, empty_folder, 
 # ---- what is refused, in one line
 
 @pytest.mark.parametrize("flags, said", [
-    (["--task", "facts"], "--task facts: an encoder writes no text; its tasks are glue/sst2"),
+    (["--task", "facts"], "--task facts: an encoder writes no text; its tasks are mini-nlu, glue/sst2"),
     (["--task", "glue/rte", "--data-dir", ".", "--no-head"], "--no-head: an encoder"),
     (["--task", "glue/rte", "--data-dir", ".", "--loss-on", "all"], "--loss-on all: task glue/rte"),
     (["--task", "glue/rte", "--data-dir", ".", "--max-length", "2"], "--max-length 2"),

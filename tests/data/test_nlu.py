@@ -5,11 +5,18 @@ from collections import Counter, defaultdict
 from itertools import product
 
 import pytest
+import torch
+import transformers
+from conftest import ROOT
+from runs import result_of, setup_of
 
-from data import nlu
+import train
+from data import load_task, nlu
+from data.labels import HeadTask
 from data.nlu import SETS, N, splits
 from data.wordings import COLOUR, RELATIONS
 from data.world import Fact, World, say
+from formats.checkpoint import load_pretrained
 
 DIGEST = "b33f3ae013602de7"
 
@@ -117,3 +124,47 @@ def test_the_items_are_those_that_results_are_about(items):
     """If this changes, scores of before cannot be compared: raise the world's VERSION."""
     assert items == nlu.splits()
     assert hashlib.sha256(repr(items).encode()).hexdigest()[:16] == DIGEST
+
+
+# ---- the task
+def test_the_outputs_of_the_head_are_cut_among_the_sets(items, base):
+    setup = setup_of(*load_pretrained(ROOT / "data" / "encoder"))
+    task = load_task("mini-nlu", setup)
+    assert isinstance(task, HeadTask) and len(task.labels) == 9 == len(set(task.labels))
+    own = {(e.group, e.start, e.n) for e in task.test}
+    assert own == {("acceptability", 0, 2), ("paraphrase", 2, 2), ("entailment", 4, 2),
+                   ("similarity", 6, 3)}
+    assert not any(task.counts()["cut"].values())
+
+
+def test_the_average_is_the_mean_of_the_sets(items):
+    task = load_task("mini-nlu", setup_of(*load_pretrained(ROOT / "data" / "encoder")))
+    examples = [next(e for e in task.test if e.group == name) for name in SETS]
+    said = [e.label for e in examples[:3]] + [(examples[3].label + 1) % 3]
+    values, counts = task.metrics(examples, said)
+    assert values == {**{f"accuracy/{name}": 1.0 for name in list(SETS)[:3]},
+                      "accuracy/similarity": 0.0, "accuracy/Avg.": 0.75}
+    assert set(counts.values()) == {1}
+
+
+def test_the_shipped_encoder_is_small_and_reads_as_transformers_does():
+    folder = ROOT / "data" / "encoder"
+    assert sum(file.stat().st_size for file in folder.iterdir() if file.suffix != ".pt") < 5.5e6
+    ours, tokenizer = load_pretrained(folder)
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    reference = transformers.AutoTokenizer.from_pretrained(folder)
+    pair = "Mara Tolvik lives in Brenham.", "Who lives there?"
+    ids, _ = tokenizer.pair(*pair, 64)
+    assert ids == reference(*pair)["input_ids"]
+    tokens = torch.tensor([ids])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval().mlm(tokens), theirs(tokens).logits, atol=1e-4,
+                                   rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_short_run_learns_to_judge_sentences_and_pairs(empty_folder):
+    train.main(["--method", "lora", "--task", "mini-nlu", "--steps", "120", "--skip-before",
+                "--out", "run"])
+    after = result_of("run")["after"]
+    assert after["accuracy/acceptability"] > 0.9 and after["accuracy/paraphrase"] > 0.9
