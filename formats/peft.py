@@ -89,10 +89,9 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
                     lost = dW - parts[i].scale * parts[i].B @ parts[i].A
                     errors[ours[i]] = (lost.norm() / dW.norm().clamp(min=1e-30)).item()
             update = fused(parts, [model.get_submodule(path) for path in ours])
-            modules[theirs] = update._replace(
-                B=head_by_head(theirs, update.B, model.config), magnitude=update.magnitude
-                if update.magnitude is None else head_by_head(theirs, update.magnitude,
-                                                              model.config))
+            modules[theirs] = update._replace(**{
+                part: head_by_head(theirs, rows, model.config) for part, rows in
+                (("B", update.B), ("magnitude", update.magnitude)) if rows is not None})
     strange = set(layers) - {path for ours in known.values() for path in ours}
     if strange:
         raise UserError(f"{folder}: no module of PEFT's for {few_names(strange)}")
@@ -203,9 +202,8 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
             raise UserError(f"{config.path}: use_dora does not fit the tensors of {module}, which "
                             f"have {'no' if magnitude is None else 'a'} lora_magnitude_vector")
         config.check_module(name, len(A))
-        B = part_by_part(module, B, model.config)
-        magnitude = magnitude if magnitude is None else part_by_part(module, magnitude,
-                                                                     model.config)
+        B, magnitude = (None if rows is None else part_by_part(module, rows, model.config)
+                        for rows in (B, magnitude))
         scale, split = config.scale(name, len(A)), len(sizes) > 1 and bool(B.any())
         magnitudes = [None] * len(sizes) if magnitude is None else magnitude.split(sizes)
         for layer, part, lengths in zip(ours, B.split(sizes), magnitudes):
