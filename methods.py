@@ -72,8 +72,8 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     to_out. A model of load_pretrained() knows its checkpoint's names too, such as q_proj, and
     all-linear. A module at two paths gets one adapter. rank and alpha are numbers, or
     {path: number} with every adapted layer. Modules that `whole` names train as they are, beside
-    the adapters. `own` holds the method's options. For `full` every weight trains, and the other
-    arguments mean nothing. Raises UserError if the method or an option is unknown, a name matches
+    the adapters. `own` holds the method's options. For `full` every weight trains; `whole` says
+    what is counted apart, the other arguments mean nothing. Raises UserError if the method or an option is unknown, a name matches
     nothing, a module is both adapted and whole, or the model is injected already.
     """
     _refuse_injected(model)
@@ -83,9 +83,11 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     if own.keys() - options.keys():
         raise UserError(f"{method} has no option {', '.join(sorted(own.keys() - options.keys()))}: "
                         f"its own are {', '.join(options) or 'none'}")
-    config, new, trained = {"method": method}, {}, []
-    if layer is not None:
-        own, whole, linear = METHODS[method].defaults | own, _names(whole), _linear(model)
+    config, new, trained, whole = {"method": method}, {}, [], _names(whole)
+    if layer is None:
+        _find_whole(model, whole, {})
+    else:
+        own, linear = METHODS[method].defaults | own, _linear(model)
         targets = _own_targets(_names(targets), linear, getattr(model, "also_named", {}))
         found = _find(linear, targets)
         trained = _find_whole(model, whole, found)
@@ -105,9 +107,9 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
             new[base] = made.train(base.training)
         config |= dict(targets=targets, rank=rank, dropout=dropout)
         config |= dict(alpha=alpha) if layer.uses_alpha else {}
-        config |= dict(whole=whole) if whole else {}
         first = next(iter(new.values()))     # a layer fills in the options that are None
         config |= own if isinstance(rank, dict) else {name: getattr(first, name) for name in own}
+    config |= dict(whole=whole) if whole else {}
     model.requires_grad_(layer is None)
     for module in trained:
         module.requires_grad_(True)

@@ -11,6 +11,7 @@ sentence, a line feed and the second one. If they are too long, it loses their s
 A family of sets needs only its examples and metrics(); data/glue.py is one.
 """
 import hashlib
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,17 @@ def uses_head(config, head: bool | None) -> bool:
     return isinstance(config, EncoderConfig) if head is None else head
 
 
+def order_of(labels: tuple[str, ...], names: list[str]) -> list[int] | None:
+    """Finds the output of each label, where a checkpoint's head names its outputs.
+
+    MNLI's three labels stand in three orders in public checkpoints. Case and punctuation do not
+    count. Returns None if the names are of other labels.
+    """
+    theirs, ours = ([re.sub(r"\W|_", "", name.lower()) for name in part]
+                    for part in (names, labels))
+    return [theirs.index(name) for name in ours] if sorted(theirs) == sorted(ours) else None
+
+
 def encode_texts(example: Labelled, setup: Setup) -> Encoded:
     """Encodes an example for the model.
 
@@ -65,6 +77,7 @@ def encode_texts(example: Labelled, setup: Setup) -> Encoded:
     if isinstance(setup.config, EncoderConfig):
         pair = setup.tokenizer.pair
         tokens, types = pair(a, b, most)
+        types = types if setup.config.n_types > 1 else [0] * len(types)
         cut = len(tokens) == most and len(pair(a, b, most + 1)[0]) > most
     else:
         asked = Example(a if b is None else f"{a}\n{b}", "")
@@ -120,6 +133,8 @@ class HeadTask(Task):
         if setup.loss_on not in (None, self.loss_on):
             raise UserError(f"--loss-on {setup.loss_on}: task {name} trains a head on labels")
         self.labels, self.known = labels, {}
+        names = getattr(setup.config, "labels", [])
+        self.order = order_of(labels, names) or list(range(len(labels)))
         self.classify = torch.compile(classify) if setup.compile else classify
 
     def encoded(self, example: Labelled) -> Encoded:
@@ -129,11 +144,13 @@ class HeadTask(Task):
         return self.known[example]
 
     def batch(self, model, examples: list[Labelled]) -> tuple[Tensor, Tensor, Tensor]:
-        return collate_texts([self.encoded(e) for e in examples], self.setup.config.pad or 0,
-                             device_of(model))
+        pad = self.setup.config.pad or 0            # it may be no token of the model
+        pad = pad if pad < self.setup.config.vocab_size else 0
+        return collate_texts([self.encoded(e) for e in examples], pad, device_of(model))
 
     def loss(self, model, examples: list[Labelled]) -> Tensor:
-        return label_loss(self.classify(model, *self.batch(model, examples)), examples)
+        logits = self.classify(model, *self.batch(model, examples))[:, self.order]
+        return label_loss(logits, examples)
 
     def size(self, examples: list[Labelled]) -> int:
         return len(examples)
@@ -145,7 +162,8 @@ class HeadTask(Task):
         with scoring(model):
             for indices in by_length(encoded, self.setup.batch_size):
                 batch = self.batch(model, [examples[i] for i in indices])
-                for i, row in zip(indices, classify(model, *batch).float().tolist()):
+                rows = classify(model, *batch)[:, self.order].float().tolist()
+                for i, row in zip(indices, rows):
                     found[i] = row[examples[i].start:examples[i].start + examples[i].n]
         return joined(found)
 

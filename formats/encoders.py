@@ -102,7 +102,7 @@ DEBERTA_KEYS = KEYS | {"head_dropout": "cls_dropout"}
 APPLIED = {"hidden_act": ["gelu"], "is_decoder": [False], "add_cross_attention": [False],
            "position_embedding_type": ["absolute"], "quantization_config": []}
 DEBERTA_APPLIED = APPLIED | {"relative_attention": [True], "talking_head": [False],
-                             "pooler_hidden_act": ["gelu"]}
+                             "pooler_hidden_act": ["gelu"], "pooler_dropout": [0]}
 
 
 def encoder_like(stem: str, kind: str, names: dict, keys: dict, defaults: dict) -> Family:
@@ -211,12 +211,13 @@ def label_names(raw: dict) -> list[str]:
 
     LABEL_0 and so on are no names, but what transformers writes for want of them.
     """
-    table = raw.get("id2label") or {}
+    table = raw.get("id2label")
+    table = {} if table is None else table
     try:
         names = [table[i] for i in sorted(table, key=int)]
         if all(isinstance(name, str) for name in names):
             return [] if all(re.fullmatch(r"LABEL_\d+", name) for name in names) else names
-    except (AttributeError, TypeError, ValueError, KeyError):
+    except (AttributeError, TypeError, ValueError, LookupError):
         pass
     raise UserError(f"id2label must map numbers to names, found {repr(table)[:200]}")
 
@@ -267,7 +268,8 @@ def by_full_name(folder: Path, config: EncoderConfig) -> dict[str, Stored]:
             continue
         if full.endswith("decoder.weight"):
             tied.append(tensor)
-        elif full in found and not full.endswith(("lm_head.bias", "cls.predictions.bias")):
+        elif full in found and not (full.endswith(("lm_head.bias", "cls.predictions.bias"))
+                                    and torch.equal(tensor.read(), found[full].read())):
             raise UserError(f"{tensor.path}: {tensor.name} is there twice")
         else:
             found[full] = tensor

@@ -35,6 +35,7 @@ from formats.peft_files import find_adapters, read_peft_config, read_tensors
 from formats.peft_heads import fit_head, parts_of, put_back, saved_modules
 from formats.tensors import few_names
 from methods import adapters, inject, targets_for
+from model import Transformer
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write
 
@@ -167,7 +168,8 @@ def peft_config(model, modules: dict[str, Update], known, whole: list[str],
     alpha, alpha_pattern = pattern_of(alphas(modules))
     names = FAMILIES[model.config.model_type].names
     known = {*known, *(name for name in names if "{}" not in name)}
-    task = "SEQ_CLS" if whole else "CAUSAL_LM" if model.label_head is None else None
+    writes = isinstance(model, Transformer) and model.label_head is None
+    task = "SEQ_CLS" if whole else "CAUSAL_LM" if writes else None
     return {"peft_type": "LORA", "task_type": task, "base_model_name_or_path": base,
             "modules_to_save": whole or None,
             "r": r, "lora_alpha": alpha,

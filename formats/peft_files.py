@@ -219,6 +219,8 @@ def read_tensors(folder: Path, config: PeftConfig,
         if parts is None and "lora_" not in stored.name:
             name = plain_name(stored.name, family)
             if name in of_head:
+                if of_head[name] in head:
+                    raise UserError(f"{file}: {stored.name} and another are one tensor's names")
                 head[of_head[name]] = numbers(stored)
             else:
                 refuse_changed(stored, name, model)

@@ -7,6 +7,9 @@ With task_type SEQ_CLS it adds `classifier` and `score` to the list. The first i
 RoBERTa and DeBERTa, the second that of decoders. BERT's and DeBERTa's heads have another layer, the
 pooler. PEFT saves it only if modules_to_save names it.
 """
+import copy
+
+import torch
 from torch import Tensor, nn
 
 from encoder import Encoder
@@ -26,8 +29,8 @@ def head_names(family: Family) -> dict[str, str]:
 
 
 def parts_of(model: nn.Module) -> dict:
-    """Returns what fit_head() may change, for put_back()."""
-    return {name: getattr(model, name) for name in ("mlm_head", "head", "score")
+    """Copies what fit_head() may change, for put_back()."""
+    return {name: copy.deepcopy(getattr(model, name)) for name in ("mlm_head", "head", "score")
             if hasattr(model, name)} | {"config": dict(vars(model.config))}
 
 
@@ -46,12 +49,15 @@ def fit_head(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
         return []
     encoder = isinstance(model, Encoder)
     out, pooled = "head.out" if encoder else "score", encoder and model.config.has_pooler
-    if f"{out}.weight" not in head:
+    last = head.get(f"{out}.weight")
+    if last is None and model.label_head is None:
         raise UserError("the head for labels lacks its last layer, there is only "
                         + few_names(head))
-    n_labels = len(head[f"{out}.weight"])
-    if model.label_head is None or model.get_parameter(f"{out}.weight").shape[0] != n_labels:
-        model.add_head(n_labels)
+    if model.label_head is None or (
+            last is not None and len(last) != len(model.get_parameter(f"{out}.weight"))):
+        model.add_head(len(last))
+    own = model.get_submodule(model.label_head)         # it trains on, so it is float32
+    own.to(torch.promote_types(next(own.parameters()).dtype, torch.float32))
     if encoder and not pooled and "head.dense.weight" not in head:
         raise UserError("the pooler, which is a part of the head, is neither in the adapter nor in "
                         "the model: PEFT would draw it at random")

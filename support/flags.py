@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data import BASE, ENCODER, OPTIONS, TASKS, base_of, checked_options, options_in, options_of
+from data import (BASE, ENCODER, LABELS, OPTIONS, TASKS, base_of, checked_options, options_in,
+                  options_of)
 from data.recipes import RECIPES, recipe
 from data.task import BATCH_SIZE
 from formats.checkpoint import MAX_LENGTH
@@ -223,15 +224,27 @@ def adapt(model, args: Namespace) -> list:
             Path(args.from_peft) / "adapter_config.json").exists():
         return adapt_again(model, args, options)
     if args.from_peft is not None:
-        import_peft(model, args.from_peft, **options)       # may bring a head for other labels
-        train_whole(model, give_head(model, args.task, args.head))
+        import_with_head(model, args, options)
     elif method.layer is None:
-        inject(model, args.method)
+        inject(model, args.method, whole=whole)
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
         inject(model, args.method, args.targets, args.rank, alpha, args.dropout, whole,
                **options)
     return [model.injected, fingerprint(state(model), torch.float32)]
+
+
+def import_with_head(model, args: Namespace, options: dict) -> None:
+    """Puts PEFT's adapters into the model; their head for labels stays if it fits the task.
+
+    Raises UserError if they bring a head and the task needs none.
+    """
+    import_peft(model, args.from_peft, **options)
+    whole = give_head(model, args.task, args.head)
+    if model.injected.get("whole") and not whole:
+        raise UserError(f"--from-peft {args.from_peft}: brings a head for labels, for which task "
+                        f"{args.task} has no use" + " without --head" * (args.task in LABELS))
+    train_whole(model, whole)
 
 
 def adapt_again(model, args: Namespace, options: dict) -> list:
@@ -242,8 +255,7 @@ def adapt_again(model, args: Namespace, options: dict) -> list:
     """
     if not (Path(args.out) / CHECKPOINT).exists():
         try:
-            import_peft(model, args.from_peft, **options)
-            train_whole(model, give_head(model, args.task, args.head))
+            import_with_head(model, args, options)
         except UserError as error:
             raise UserError(f"{args.out}: has no checkpoint yet, so it needs --from-peft again: "
                             f"{error}") from None

@@ -10,7 +10,8 @@ import peft
 import pytest
 import torch
 import transformers
-from runs import assert_eval_repeats, result_of
+from conftest import BASE
+from runs import assert_eval_repeats, refused, result_of
 from small_tokenizers import DEBERTA_MARKS, ROBERTA_MARKS, save_marked, save_spm, save_wordpieces
 
 import convert
@@ -19,7 +20,9 @@ import train
 from data.glue import SETS, read_examples
 from encoder import Encoder, EncoderConfig
 from formats.checkpoint import load_pretrained, save_pretrained
+from formats.peft import export_peft
 from formats.tokenizer import load_tokenizer
+from methods import inject
 from support.run import load_adapters
 
 TINY = dict(d_model=24, n_layers=2, n_heads=2, d_ff=32, max_positions=40)
@@ -156,3 +159,12 @@ def test_the_files_of_a_run_say_the_labels(empty_folder):
     raw = json.loads(Path("merged/config.json").read_text())
     assert raw["id2label"] == {"0": "not_entailment", "1": "entailment"}
     assert raw["architectures"] == ["DebertaV2ForSequenceClassification"]
+
+
+def test_a_head_of_peft_s_adapters_that_the_run_has_no_use_for_is_refused(empty_folder, capsys):
+    model = inject(load_pretrained(BASE)[0].add_head(2), "lora", ["q"], rank=2, whole=["score"])
+    export_peft(model, "adapter")
+    for more in ([], write_rte(Path())):
+        said = refused(capsys, "--from-peft", "adapter", "--out", "run", *more)
+        assert "brings a head for labels" in said and ("--head" in said) == bool(more)
+    assert not Path("run").exists()

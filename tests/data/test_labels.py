@@ -18,9 +18,9 @@ import train
 from data import LABELS, labels_for
 from data.labels import HeadTask, label_loss
 from data.task import Setup
-from formats.checkpoint import load_pretrained
-from formats.peft import export_peft
-from methods import inject, param_groups
+from formats.checkpoint import load_pretrained, say_once
+from formats.peft import export_peft, import_peft
+from methods import count, inject, param_groups
 from support.errors import UserError
 from support.heads import give_head
 
@@ -304,6 +304,7 @@ def test_adapters_of_peft_go_on_with_their_head_if_it_fits(n_labels, tmp_path, c
             if p.requires_grad:
                 p.add_(0.01)
     export_peft(model, "theirs")
+    say_once.cache_clear()
     train.main(["--from-peft", "theirs", *run_flags(tmp_path, "--steps", "2", "--lr", "1e-9")[2:]])
     saved = load_file("run/adapter.safetensors")
     torch.testing.assert_close(saved["layers.0.attn.q.B"], model.layers[0].attn.q.B)
@@ -317,27 +318,79 @@ def test_adapters_of_peft_go_on_with_their_head_if_it_fits(n_labels, tmp_path, c
 
 
 def test_a_fitting_head_stays_and_another_gives_way(capsys):
+    say_once.cache_clear()
     model = encoder_of().add_head(2)
     old = model.head.out
     give_head(model, "glue/rte", None)
-    assert model.head.out is old and capsys.readouterr().err == ""
+    assert model.head.out is old
+    assert "outputs are read as not_entailment, entailment" in capsys.readouterr().err
     dense = model.head.dense
-    give_head(model, "glue/mnli", None)
+    give_head(model, "glue/mnli", None)                 # of three labels
     assert model.head.out.out_features == 3 and model.head.dense is dense
     assert model.config.labels == list(LABELS["glue/mnli"])
-    assert "2 labels gives way to one for 3" in capsys.readouterr().err
+    assert "not_entailment, entailment gives way" in capsys.readouterr().err
+    model = encoder_of().add_head(2)
+    model.config.labels, old = ["negative", "positive"], model.head.out
+    give_head(model, "glue/rte", None)                  # of two others
+    assert model.head.out is not old
+    assert model.config.labels == ["not_entailment", "entailment"]
+    assert "negative, positive gives way" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("labels, order", [
+@pytest.mark.parametrize("names, order", [
     (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [0, 2, 1]),
-    (["entailment", "neutral", "contradiction"], [2, 0, 1]),
-    (["LABEL_0", "LABEL_1", "LABEL_2"], [0, 1, 2])])
-def test_the_outputs_of_a_named_head_are_put_in_the_task_s_order(labels, order):
-    model = encoder_of().add_head(3)
-    model.config.labels = labels
-    W = model.head.out.weight.detach().clone()
+    (["entailment", "neutral", "contradiction"], [2, 0, 1]), ([], [0, 1, 2])])
+def test_the_outputs_of_a_named_head_are_read_in_the_task_s_order(names, order):
+    model, labels = encoder_of().add_head(3).eval(), LABELS["glue/mnli"]
+    model.config.labels = names
+    with torch.no_grad():
+        model.head.out.weight.zero_()
+        model.head.out.bias.copy_(torch.tensor([0.0, 10.0, 20.0]))
     give_head(model, "glue/mnli", None, draw=False)
-    assert torch.equal(model.head.out.weight, W[order])
+    assert model.config.labels == (names or list(labels))   # as the checkpoint has them
+    task = task_of(model, labelled(order.index(2), n=3), labels)
+    assert task.outputs(model, task.train) == [[10.0 * i for i in order]]
+    assert task.loss(model, task.train).item() < 1e-3       # the right label has output 2
+
+
+def test_peft_s_head_keeps_the_order_that_the_base_s_config_names(tmp_path):
+    """In, trained on, and out again: a name belongs to the same output everywhere."""
+    names = ["entailment", "not_entailment"]
+
+    def base():
+        model = encoder_of().add_head(2).eval()
+        model.config.labels = list(names)
+        return model
+    theirs = inject(base(), "lora", ["q"], rank=2, whole=["head"])
+    with torch.no_grad():
+        theirs.head.out.bias.copy_(torch.tensor([1.0, -1.0]))
+    export_peft(theirs, tmp_path / "theirs")
+    ours = base()
+    give_head(ours, "glue/rte", None)
+    import_peft(ours, tmp_path / "theirs")
+    assert give_head(ours, "glue/rte", None) == ["head"] and ours.config.labels == names
+    assert ours.head.out.bias.tolist() == [1.0, -1.0]
+    task = task_of(ours, labelled(1), LABELS["glue/rte"])
+    assert task.answers(ours, task.train) == [1]            # entailment, output 0
+    export_peft(ours, tmp_path / "again")
+    name = "base_model.model.classifier.bias"
+    assert torch.equal(load_file(tmp_path / "again" / "adapter_model.safetensors")[name],
+                       load_file(tmp_path / "theirs" / "adapter_model.safetensors")[name])
+
+
+def test_padding_and_types_are_tokens_of_the_model():
+    model = encoder_of(pad=999, n_types=1).add_head(2)
+    task = task_of(model, labelled(0, 1))
+    tokens, mask, types = task.batch(model, task.train)
+    assert tokens.max() < model.config.vocab_size and not types.any()
+    assert torch.tensor(task.outputs(model, task.train)).isfinite().all()
+
+
+def test_full_counts_its_head_apart():
+    model = inject(encoder_of().add_head(2), "full", whole=["head"])
+    numbers = count(model)
+    assert numbers["whole"] == sum(p.numel() for p in model.head.parameters())
+    assert numbers["trainable"] == numbers["total"]
 
 
 def test_a_head_is_float32_on_a_bf16_encoder_and_scores_there():

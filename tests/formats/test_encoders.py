@@ -179,6 +179,8 @@ def test_a_decoder_repeated_beside_the_embedding_is_read_if_it_is_the_same(name,
     bias = {f"{head}.decoder.bias": tensors[f"{head}.bias"].clone()}
     write(tmp_path, tensors | {f"{head}.decoder.weight": embed.clone()} | bias)
     same_model(tmp_path, ours)
+    write(tmp_path, tensors | {f"{head}.decoder.bias": tensors[f"{head}.bias"] + 1})
+    assert "is there twice" in refusal(load_pretrained, tmp_path)
     del tensors[f"{head}.bias"]
     write(tmp_path, tensors | bias)
     same_model(tmp_path, ours)
@@ -277,6 +279,8 @@ def test_the_terms_are_a_list_or_words_with_a_bar_in_any_order(spelt, tmp_path):
     ("roberta", dict(max_position_embeddings=2), "max_position_embeddings"),
     ("bert", dict(id2label={"x": "no"}), "id2label"),
     ("bert", dict(id2label=["no"]), "id2label"),
+    ("bert", dict(id2label=[1]), "id2label"),
+    ("deberta-v3", dict(pooler_dropout=0.9), "pooler_dropout"),
     ("bert", dict(num_hidden_layers=3), "3 layers"),
     ("bert", dict(vocab_size=60), "word_embeddings"),
     ("bert", dict(intermediate_size=41), "intermediate"),

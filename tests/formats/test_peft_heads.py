@@ -3,7 +3,7 @@ import json
 import peft
 import pytest
 import torch
-from checkpoints import refusal, tensors_of
+from checkpoints import edit, refusal, tensors_of
 from encoder_checkpoints import HEADS, encoder, random_encoder, some_texts
 from reference import CONFIGS
 from safetensors.torch import load_file, save_file
@@ -129,7 +129,9 @@ def test_a_part_of_a_head_is_refused(tmp_path):
         return refusal(import_peft, ours, folder)
 
     assert "head.out.bias" in without(f"{name}.bias")
+    ours = strip_head("roberta")                        # over another head, that one's stays
     assert "lacks its last layer" in without(f"{name}.bias", f"{name}.weight")
+    ours = load_pretrained(encoder("roberta", "labels")[1])[0]
     assert "modules_to_save" in without(*(key for key in tensors if "classifier" in key))
     assert "is (3, 5)" in without(**{f"{name}.weight": torch.zeros(3, 5)})
     assert "NaN" in without(**{f"{name}.bias": torch.full((3,), torch.nan)})
@@ -221,3 +223,55 @@ def test_a_decoder_s_classifier_goes_through_files_and_adapters(family, tmp_path
     save_pretrained(merge(plain), tmp_path / "merged")
     same_labels(HEADS["labels"].from_pretrained(tmp_path / "merged", pad_token_id=0).eval(), plain,
                 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_head_comes_onto_a_checkpoint_of_half_precision_that_has_one(dtype, tmp_path):
+    theirs_of("deberta-v3").save_pretrained(tmp_path)
+    ours = load_pretrained(encoder("deberta-v3", "labels")[1], dtype=dtype)[0]
+    import_peft(ours, tmp_path)
+    assert {p.dtype for p in ours.head.parameters()} == {torch.float32}
+
+
+def test_a_failed_import_leaves_the_head_as_it_was(tmp_path):
+    theirs_of("deberta-v3").save_pretrained(tmp_path)
+    edit(tmp_path / "adapter_config.json", lora_dropout=1.0)
+    ours = load_pretrained(encoder("deberta-v3", "labels")[1], dtype=torch.bfloat16)[0]
+    before = {name: p.clone() for name, p in ours.state_dict().items()}
+    refusal(import_peft, ours, tmp_path)
+    after = ours.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype
+               for n in after)
+
+
+def test_the_pooler_alone_may_come_from_the_file(tmp_path):
+    theirs = theirs_of("bert", modules=("pooler",))
+    theirs.save_pretrained(tmp_path)
+    tensors = {key: t for key, t in load_file(tmp_path / TENSORS).items()
+               if "classifier" not in key}
+    save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+    edit(tmp_path / "adapter_config.json", modules_to_save=["pooler"], task_type=None)
+    ours = import_peft(load_pretrained(encoder("bert", "labels")[1])[0].eval(), tmp_path)
+    assert torch.equal(ours.head.dense.weight, tensors["base_model.model.bert.pooler.dense.weight"])
+
+
+def test_two_tensors_for_one_weight_of_a_head_are_refused(tmp_path):
+    theirs_of("roberta").save_pretrained(tmp_path)
+    tensors, name = load_file(tmp_path / TENSORS), "base_model.model.classifier"
+    tensors[f"{name}.out_proj.modules_to_save.bias"] = torch.ones(3)
+    save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+    assert "one tensor's names" in refusal(
+        import_peft, load_pretrained(encoder("roberta", "labels")[1])[0], tmp_path)
+
+
+@few
+def test_adapters_of_an_encoder_without_a_head_load_in_peft(name, tmp_path):
+    ours = inject(load_pretrained(encoder(name, "base")[1])[0].eval(), "lora", "q", rank=2)
+    export_peft(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(random_encoder(name, "base"), tmp_path).eval()
+    tokens, mask, _ = some_texts(ours.config.pad)
+    with torch.no_grad():
+        right = theirs(tokens, attention_mask=mask).last_hidden_state[mask.bool()]
+        torch.testing.assert_close(ours.hidden(tokens, mask)[mask.bool()], right, atol=1e-5,
+                                   rtol=1e-5)
