@@ -223,6 +223,7 @@ def test_a_compiled_model_trains_the_same(method, plain, monkeypatch):
     assert all(torch.allclose(one[name], compiled[name], atol=1e-5) for name in one)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_one_line(monkeypatch, capsys):
     def broken(*_):
         raise OSError("no compiler\nfound")

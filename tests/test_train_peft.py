@@ -39,6 +39,7 @@ def stop_after(steps: int, monkeypatch, *flags: str) -> None:
             train.main(list(flags))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_folder_of_its_first_adapters(monkeypatch, capsys):
     adapters_of_peft("theirs")
     flags = ["--from-peft", "theirs", "--save-every", "2", *SHORT]

@@ -50,6 +50,7 @@ def test_the_step_has_the_order_of_the_loop():
         place = loop.index(calls[name], place) + 1
 
 
+@pytest.mark.slow
 def test_both_pictures_are_written_with_their_numbers_and_come_out_the_same(tmp_path, found):
     for folder in ("once", "again"):
         shapes.main(["--out", str(tmp_path / folder)])
