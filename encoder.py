@@ -263,8 +263,8 @@ class Encoder(nn.Module):
     def add_head(self, n_labels: int) -> "Encoder":
         """Gives the model a new head for labels, in the place of the head for masked tokens.
 
-        Keeps a pretrained dense layer. What is new is drawn from N(0, 0.02^2), biases are 0. The
-        head is float32 on a bf16 model too, since it trains.
+        Keeps a pretrained dense layer. New weights are drawn from N(0, 0.02^2), new biases are 0.
+        The head is float32 on a bf16 model too, since it trains.
         """
         config, W = self.config, self.embed.weight
         kept = self.head and self.head.dense

@@ -288,6 +288,11 @@ def param_groups(model: nn.Module, lr: float, weight_decay: float = 0.0,
             for rate, params in groups.items()]
 
 
+def widen(module: nn.Module) -> None:
+    """Makes a module float32 if it has fewer bits, as a `whole` module must be."""
+    module.to(torch.promote_types(next(module.parameters()).dtype, torch.float32))
+
+
 def train_whole(model: nn.Module, names: list[str]) -> None:
     """Makes these the `whole` modules of an injected model, which may have had parts of them."""
     if names:

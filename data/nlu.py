@@ -109,12 +109,13 @@ def similarity(world: World, people: list[str], rng: random.Random) -> list[tupl
             if a[kept] == b[kept] or a[1 - kept] != b[1 - kept]]
 
 
-SETS = {        # name -> its maker, and the number of its labels
-    "acceptability": (acceptability, 2),
-    "paraphrase": (paraphrase, 2),
-    "entailment": (entailment, 2),
-    "similarity": (similarity, 3),
+SETS = {        # name -> its maker, and the names of its labels
+    "acceptability": (acceptability, ("ill-formed", "well-formed")),
+    "paraphrase": (paraphrase, ("different questions", "same question")),
+    "entailment": (entailment, ("does not follow", "follows")),
+    "similarity": (similarity, ("no fact in common", "one fact in common", "both facts in common")),
 }
+LABELS = tuple(label for _, labels in SETS.values() for label in labels)     # the head's outputs
 
 
 def splits() -> dict[str, list[Item]]:
@@ -133,15 +134,6 @@ def splits() -> dict[str, list[Item]]:
 
 
 # ---- the task
-NAMES = {       # set -> the names of its labels
-    "acceptability": ("ill-formed", "well-formed"),
-    "paraphrase": ("different questions", "same question"),
-    "entailment": ("does not follow", "follows"),
-    "similarity": ("no fact in common", "one fact in common", "both facts in common"),
-}
-LABELS = tuple(label for name in SETS for label in NAMES[name])     # the outputs of the one head
-
-
 class NLU(HeadTask):
     """Scores each set by the share of its items that the head judges rightly."""
     meaning = {"accuracy": "sentences and pairs that it judges rightly; Avg. is the sets' mean"}
@@ -156,9 +148,11 @@ class NLU(HeadTask):
 
 def load(setup: Setup, head: bool | None = None) -> NLU:
     """Builds the task. Each set has outputs of its own in the head."""
-    starts = {name: LABELS.index(NAMES[name][0]) for name in SETS}
-    examples = {split: [Labelled(item.first, item.second, item.label, starts[item.set],
-                                 len(NAMES[item.set]), item.set) for item in items]
-                for split, items in splits().items()}
+    def labelled(item: Item) -> Labelled:
+        own = SETS[item.set][1]
+        return Labelled(item.first, item.second, item.label, LABELS.index(own[0]), len(own),
+                        item.set)
+
+    examples = {split: list(map(labelled, items)) for split, items in splits().items()}
     return NLU("mini-nlu", **examples, setup=setup, defaults={"steps": 250, "batch_size": 32},
                labels=LABELS)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from formats.bpe import (BYTES, DIGITS_SPLIT, GPT2_SPLIT, LLAMA3_SPLIT, PUBLISHED, QWEN_SPLIT,
-                         BPETokenizer, order_tokens, spell)
+                         BPETokenizer, merge_to_two, order_tokens, spell)
 from formats.json_files import expected_layout, read_bytes, read_json, read_json_if_there
 from formats.pairs import FAMILIES, find_class, find_family
 from formats.special_tokens import ROLES, Tokenizer, build_tokenizer, read_ids
@@ -189,15 +189,11 @@ def save_ranks(ranks: dict[bytes, int], path: str | Path) -> None:
 
 def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Finds the two parts that BPE joins to each token, in rank order."""
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i:i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            places = [ranks.get(a + b, rank) for a, b in zip(parts, parts[1:])]
-            at = places.index(min(places))
-            parts[at:at + 2] = [parts[at] + parts[at + 1]]
-        merges += [tuple(parts)] if len(parts) == 2 else []
-    return merges
+    order: dict[tuple[bytes, ...], int] = {}
+    for token in sorted(ranks, key=ranks.get):
+        if len(token) > 1:
+            order[merge_to_two(token, order)] = len(order)
+    return list(order)
 
 
 def save_roberta_json(ranks: dict[bytes, int], path: str | Path) -> None:

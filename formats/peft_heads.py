@@ -9,14 +9,13 @@ pooler. PEFT saves it only if modules_to_save names it.
 """
 import copy
 
-import torch
 from torch import Tensor, nn
 
 from encoder import Encoder
 from formats.decoders import Family
 from formats.huggingface import FAMILIES, map_names
 from formats.tensors import few_names
-from methods import whole_modules
+from methods import whole_modules, widen
 from support.errors import UserError
 
 SEQ_CLS = {"classifier", "score"}
@@ -56,8 +55,7 @@ def fit_head(model: nn.Module, head: dict[str, Tensor]) -> list[str]:
     if model.label_head is None or (
             last is not None and len(last) != len(model.get_parameter(f"{out}.weight"))):
         model.add_head(len(last))
-    own = model.get_submodule(model.label_head)         # it trains on, so it is float32
-    own.to(torch.promote_types(next(own.parameters()).dtype, torch.float32))
+    widen(model.get_submodule(model.label_head))        # it trains on
     if encoder and not pooled and "head.dense.weight" not in head:
         raise UserError("the pooler, which is a part of the head, is neither in the adapter nor in "
                         "the model: PEFT would draw it at random")

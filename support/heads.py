@@ -1,12 +1,11 @@
 """Gives a model the head for labels that a task trains, and its dropout."""
 from argparse import Namespace
 
-import torch
-
 from data import labels_for
 from data.labels import order_of
 from encoder import Encoder
 from formats.checkpoint import say_once
+from methods import widen
 from support.errors import UserError
 from support.parser import flag
 
@@ -40,8 +39,7 @@ def give_head(model, task: str, head: bool | None, draw: bool = True) -> list[st
         model.add_head(len(labels))
     if isinstance(model, Encoder):
         model.config.labels = model.config.labels or list(labels)
-    own = model.get_submodule(model.label_head)
-    own.to(torch.promote_types(next(own.parameters()).dtype, torch.float32))
+    widen(model.get_submodule(model.label_head))
     return [model.label_head]
 
 

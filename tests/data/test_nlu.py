@@ -39,7 +39,7 @@ def of_set(items, name):
 @pytest.mark.parametrize("name", SETS)
 def test_every_label_is_equally_frequent(items, split, name):
     labels = Counter(item.label for item in of_set(items[split], name))
-    assert labels == dict.fromkeys(range(SETS[name][1]), N[split] // SETS[name][1])
+    assert labels == dict.fromkeys(range(len(SETS[name][1])), N[split] // len(SETS[name][1]))
 
 
 @pytest.mark.parametrize("split", N)
@@ -56,7 +56,7 @@ def test_no_sentence_alone_tells_its_label(items, split, name, sides):
             known = (" ".join(sorted(words)),) if side == "words" else getattr(item, side)
             seen[known][item.label] += 1
         for labels in seen.values():
-            assert len(labels) == SETS[name][1] and len(set(labels.values())) == 1
+            assert len(labels) == len(SETS[name][1]) and len(set(labels.values())) == 1
 
 
 def test_people_of_the_splits_are_apart(items, world):
