@@ -27,8 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import AdapterLinear, check_whole, full_precision
-from support.errors import UserError
+from lora import AdapterLinear
+from support.errors import UserError, check_whole
+from support.products import full_precision
 
 
 def budget(step: int, total_steps: int, start: int, target: int, t_init: int, t_final: int) -> int:
@@ -78,6 +79,8 @@ class AdaLoRALinear(AdapterLinear):
         "gamma": (0.01, "weigh the penalty that keeps P and Q orthonormal by this"),
     }
 
+    thin = True
+
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         self.init_rank = int(1.5 * rank + 0.5) if self.init_rank is None else self.init_rank
@@ -96,11 +99,9 @@ class AdaLoRALinear(AdapterLinear):
     def delta_weight(self):
         return self.scale * (self.P * self.lam) @ self.Q              # (out, in)
 
-    def forward(self, x):
-        y = self.base(x)
-        x = self.dropout(x)
+    def update(self, x):
         h = F.linear(x, self.Q.to(x.dtype)) * (self.scale * self.lam).to(x.dtype)   # (..., r0)
-        return y + F.linear(h, self.P.to(x.dtype))                    # (..., out)
+        return F.linear(h, self.P.to(x.dtype))                        # (..., out)
 
     def learn_importance(self) -> None:
         """Updates Ibar and Ubar of every single number w of P, lam and Q:

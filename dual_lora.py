@@ -11,18 +11,17 @@ matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step, which 
 Gradient: Sign's derivative is 0, so backward uses 1, clipping dL/dSign to [-1, 1] (section 3). An
 entry whose ReLU is 0 gets none.
 A step: on_step raises `warmup` to 1 over 5 steps. At 1 the random update has 1 % of W0's rms.
-Cost: LoRA's parameters, 1.25 times its time (25 M parameters, CPU); dropout builds the whole dW.
+Cost: LoRA's parameters, 1.25 times its time (25 M parameters, CPU).
 Goes wrong: without on_step nothing trains; a random update large beside W0 harms (start_size).
 Differs: the paper omits the start's size, r1, r2, the warm-up's length, and C's and D's rate.
 """
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from lora import AdapterLinear, check_whole
-from support.errors import UserError
+from lora import AdapterLinear
+from support.errors import UserError, check_whole
 
 
 class Sign(torch.autograd.Function):
@@ -30,7 +29,7 @@ class Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, limit):
         ctx.limit = limit               # 1, or infinity without the clip
-        return sign_in_place(x.clone())
+        return (x > 0).to(x.dtype).mul_(2).sub_(1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -45,10 +44,13 @@ class DualLoRALinear(AdapterLinear):
     [1, 1; -1, -1]. The update is 2 * [2, 0; 0, -1] = [4, 0; 0, -2].
     Raises UserError if the rank is below 2, an option is out of range, or W0 is zero (start_size).
     """
-    def delta_weight(self):
-        magnitude = torch.relu(self.B @ self.A)                    # (out, in)
-        direction = Sign.apply(self.D @ self.C, self.limit)        # (out, in)
-        return self.warmup * self.scale * magnitude * direction
+    by_rows = True
+
+    def delta_weight(self, rows=slice(None)):
+        size = self.warmup * self.scale
+        magnitude = torch.relu((size * self.B[rows]) @ self.A)     # (out, in), or those rows of it
+        direction = Sign.apply(self.D[rows] @ self.C, self.limit)
+        return magnitude * direction
 
     options = {
         "r1": (None, "set the rank of the magnitude B A (half of --rank)", int),
@@ -108,25 +110,17 @@ class DualLoRALinear(AdapterLinear):
         std = math.sqrt(self.init_share * math.sqrt(2) * size / (self.scale * math.sqrt(self.r1)))
         return std, self.init_share
 
-    def forward(self, x):
-        if self.warmup == 0 and torch.is_grad_enabled():
-            self.check_on_step_ran()
-        if self.training and self.dropout.p > 0:
-            return super().forward(x)       # which builds the whole dW, and again in backward
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        product = BlockProduct.apply        # the same, without holding dW
-        if torch.compiler.is_compiling():   # it would have to undo the writes in place
-            product = torch.compiler.disable(product)
-        y = product(x.reshape(-1, x.shape[-1]), self.A, self.B, self.C, self.D, self,
-                    float(self.warmup) * self.scale)
-        return y.reshape(*x.shape[:-1], len(self.B))               # (..., out)
+    def delta_rows(self, rows: slice):
+        self.check_on_step_ran()
+        return super().delta_rows(rows)
 
     def check_on_step_ran(self) -> None:
         """Raises UserError if A has changed since the last forward and warmup is still at 0.
 
         torch counts a tensor's changes in place, but not those that a fused optimizer makes.
         """
+        if self.warmup > 0 or not torch.is_grad_enabled():
+            return
         same, changes = (id(self.A), self.warmup._version), self.A._version
         last_same, last_changes = self.last_cold or (same, changes)
         self.last_cold = same, changes
@@ -156,74 +150,3 @@ class DualLoRALinear(AdapterLinear):
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         for layer in layers:
             layer.warmup.fill_(min(1.0, (step + 1) / max(1, layer.warmup_steps(total_steps))))
-
-
-def sign_in_place(x):
-    """Makes x +1 where it is above 0, else -1."""
-    return x.gt_(0).mul_(2).sub_(1)
-
-
-# ---- The same product, without holding dW. Skip it at a first reading.
-class BlockProduct(torch.autograd.Function):
-    """Computes x W'^T + bias: (tokens, in) -> (tokens, out), never holding an out x in update.
-
-    Plain autograd through delta_weight() keeps about five such matrices for backward. This keeps
-    x and the thin ones, and builds W' again block by block, always in float32 or better.
-    """
-    @staticmethod
-    def forward(ctx, x, A, B, C, D, layer, scale):       # the warm-up is a factor of this scale
-        ctx.save_for_backward(x, A, B, C, D)
-        ctx.layer, ctx.scale, bias = layer, scale, layer.base.bias
-        if scale == 0:   # blocks might round differently: this is the pretrained layer to the bit
-            return F.linear(x, layer.W0.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        y = x.new_empty(len(x), len(B))
-        for rows, M, S, _ in blocks(A, B, C, D):
-            W = torch.add(layer.rows(rows), S.mul_(M), alpha=scale, out=M)
-            torch.mm(x, W.to(x.dtype).t(), out=y[:, rows])
-        return y if bias is None else y.add_(bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (x, A, B, C, D), layer, scale = ctx.saved_tensors, ctx.layer, ctx.scale
-        limit = layer.limit / scale if scale else math.inf
-        dx = torch.zeros_like(x, dtype=A.dtype) if ctx.needs_input_grad[0] else None
-        dA, dB, dC, dD = (torch.zeros_like(matrix) for matrix in (A, B, C, D))
-        for rows, M, S, buffer in blocks(A, B, C, D):
-            g = grad[:, rows]                                             # (tokens, n)
-            if dx is not None:
-                update = torch.mul(M, S, out=buffer)
-                W = torch.add(layer.rows(rows), update, alpha=scale, out=buffer)
-                add_product(dx, g, W.to(x.dtype))
-            dW = buffer.zero_()
-            add_product(dW, g.t(), x)                                     # dL/dW', (n, in)
-            # Times `scale` only at the return: clip(scale v, -+1) = scale clip(v, -+1/scale).
-            dM = S.mul_(dW)
-            dDC = dW.mul_(M).clamp_(-limit, limit)                        # through Sign
-            dBA = dM.mul_(M.sign_())         # through ReLU: M's sign is 1 where it is on, else 0
-            dC.addmm_(D[rows].t(), dDC)
-            dA.addmm_(B[rows].t(), dBA)
-            torch.mm(dDC, C.t(), out=dD[rows])
-            torch.mm(dBA, A.t(), out=dB[rows])
-        return dx, *(d.mul_(scale) for d in (dA, dB, dC, dD)), None, None     # autograd casts dx
-
-
-def blocks(A, B, C, D):
-    """Walks down dW: yields rows, M = ReLU(B A), S = Sign(D C), free memory, each (n, in), and
-    reuses their memory: fresh memory costs more than the arithmetic."""
-    size = min(max(256, len(B) // 2), 1024, len(B))     # large for products, small for the cache
-    buffers = [A.new_empty(size, A.shape[1]) for _ in range(3)]
-    for i in range(0, len(B), size):
-        rows = slice(i, i + size)
-        M, S, free = (buffer[:len(B) - i] for buffer in buffers)
-        torch.mm(B[rows], A, out=M).relu_()
-        sign_in_place(torch.mm(D[rows], C, out=S))
-        yield rows, M, S, free
-
-
-def add_product(total, a, b):
-    """Adds a @ b to total, in total's dtype."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -16,30 +16,15 @@ LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer, B's learning rat
 Weights are (out, in) everywhere. W' is the merged weight; ^T transposes.
 Read LoRALinear, the last class, first; then AdapterLinear, which all methods share.
 """
-import contextlib
 import math
 from typing import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from support.errors import UserError
-
-
-def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
-    """Raises UserError unless `value` is a whole number from low to high."""
-    if type(value) is not int or not low <= value <= high:
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        raise UserError(f"{name} must be a whole number {limits}, not {value!r}")
-
-
-def full_precision(x):
-    """Returns a context without autocast, to build in float32; a "meta" device has none."""
-    device = x.device.type
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
+from support.errors import UserError, check_whole
+from support.products import best_factors, full_precision, low_precision, rebuilt
 
 
 class AdapterLinear(nn.Module):
@@ -48,16 +33,18 @@ class AdapterLinear(nn.Module):
         forward(x) = x W'^T + bias    with    W' = merged_weight() = W0 + delta_weight()
 
     x (..., in) -> (..., out). Dropout acts on the update's input in training; the equation holds
-    without it. A method writes delta_weight(). It may override forward() where the same thing has
+    without it. A method writes delta_weight(). It may override update() where the same product has
     a cheaper form.
     Raises UserError if rank is not in 1..max_rank, alpha not above 0, dropout not in [0, 1), or an
-    option is unknown.
+    option is unknown or not one of its choices.
     """
-    # The method's own hyperparameters: name -> (default, help). If the default is None, with its
-    # type: (None, help, int).
+    # The method's own hyperparameters: name -> (default, help). A third part is the type, where
+    # the default is None, or the tuple of choices.
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
+    thin = False                                # True: update() does not build delta_weight()
+    by_rows = False                             # True: delta_weight(rows) builds some rows alone
     max_rank = 10_000       # above min(in, out) rank adds parameters, but no directions
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
@@ -74,8 +61,11 @@ class AdapterLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha = rank, alpha
         self.dropout = nn.Dropout(dropout)
-        for name, (default, *_) in self.options.items():
-            setattr(self, name, own.get(name, default))
+        for name, (default, _, *kind) in self.options.items():
+            value = own.get(name, default)
+            if kind and isinstance(kind[0], tuple) and value not in kind[0]:
+                raise UserError(f"{name} must be one of {', '.join(kind[0])}, not {value!r}")
+            setattr(self, name, value)
 
     @property
     def W0(self):
@@ -108,13 +98,28 @@ class AdapterLinear(nn.Module):
         with full_precision(self.W0):
             return self.W0 + self.delta_weight()
 
+    def update(self, x):
+        """Returns x delta_weight()^T (..., out)."""
+        return rebuilt(x, self.delta_rows, self.blocks())
+
     def forward(self, x):
-        """Returns x W0^T + bias + dropout(x) delta_weight()^T; backward builds the update again."""
-        def update(x):
-            with full_precision(x):
-                dW = self.delta_weight()
-            return F.linear(x, dW.to(x.dtype))
-        return self.base(x) + checkpoint(update, self.dropout(x), use_reentrant=False)
+        # In bf16 W0 + dW would round a small dW away, so each gets a product of its own.
+        if self.thin or low_precision(x) or self.training and self.dropout.p > 0:
+            return self.base(x) + self.update(self.dropout(x))
+        return rebuilt(x, self.sum_rows, self.blocks(), self.base.bias)
+
+    def sum_rows(self, rows: slice):
+        """Returns rows of W0 + delta_weight(): (n, in)."""
+        return self.rows(rows) + self.delta_rows(rows)
+
+    def delta_rows(self, rows: slice):
+        """Returns rows of delta_weight(): (n, in)."""
+        return self.delta_weight(rows) if self.by_rows else self.delta_weight()[rows]
+
+    def blocks(self) -> list[slice]:
+        """Returns the blocks of rows in which delta_weight() is built: 1024 each, or all at once."""
+        n = len(self.W0)
+        return [slice(i, i + 1024) for i in range(0, n, 1024)] if self.by_rows else [slice(n)]
 
     def lr_factor(self, name: str) -> float:
         """Returns a parameter's factor on the learning rate; LoRA+'s ratio multiplies it."""
@@ -143,25 +148,57 @@ class LoRALinear(AdapterLinear):
 
     By hand: A = [1, 2], B = [1; -1], scale 3: dW = 3 B A = [3, 6; -3, -6].
     With G = dL/dW', dL/dA = scale B^T G and dL/dB = scale G A^T. At step 0 B is 0: B moves first.
+    scaling "rslora" takes alpha/sqrt(r), for ranks above 32 (Kalajdzievski 2023, arXiv:2312.03732).
+    For ab_init "pissa" see start_at_pissa().
     """
+    options = {
+        "scaling": ("lora", "scale the update by alpha / r; rslora: by alpha / sqrt(r)",
+                    ("lora", "rslora")),
+        "ab_init": ("kaiming", "start A at random and B at 0; pissa: both at W0's largest singular "
+                    "values", ("kaiming", "pissa"))}
     lr_ratio_parameters = ("B",)
+    thin = True
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
-        self.scale = alpha / rank
+        self.scale = alpha / (rank if self.scaling == "lora" else math.sqrt(rank))
         self.A = nn.Parameter(self.empty(rank, base.in_features))
         self.B = nn.Parameter(self.empty(base.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
+        self.register_buffer("A0", None)        # not None: what PiSSA starts at
+        self.register_buffer("B0", None)
+        if self.ab_init == "pissa":
+            self.start_at_pissa()
 
     def delta_weight(self):
-        return self.scale * (self.B @ self.A)   # (out, in)
+        BA = self.B @ self.A
+        if self.A0 is not None:
+            BA = BA - self.B0 @ self.A0
+        return self.scale * BA                                    # (out, in)
 
-    def low_rank(self, x):
-        """Returns x dW^T without building dW: x (..., in) -> (..., out)."""
-        h = F.linear(x, self.A.to(x.dtype))                       # (..., r)
+    def update(self, x):
+        y = self.low_rank(x, self.A, self.B)
+        return y if self.A0 is None else y - self.low_rank(x, self.A0, self.B0)
+
+    def low_rank(self, x, A, B):
+        """Returns scale x (B A)^T without building B A: x (..., in) -> (..., out)."""
+        h = F.linear(x, A.to(x.dtype))                            # (..., r)
         # Scaled here, where a token has r numbers, and not after B, where it has `out`.
-        return F.linear(self.scale * h, self.B.to(x.dtype))       # (..., out)
+        return F.linear(self.scale * h, B.to(x.dtype))            # (..., out)
 
-    def forward(self, x):
-        return self.base(x) + self.low_rank(self.dropout(x))
+    @torch.no_grad()
+    def start_at_pissa(self) -> None:
+        """Starts at W' = W0 + scale (B A - B0 A0), with scale B A = W0's best part of rank r.
+
+        A0 and B0 are frozen copies of that A and B. Meng et al. (2024, arXiv:2404.02948, section
+        3) subtract scale B A from the stored weight instead, which rounds it; gradients are equal.
+        By hand: W0 = [12, 0; 0, 1], r = 1, scale 3: A = [2, 0], B = [2; 0].
+        Raises UserError if r is above W0's smaller side.
+        """
+        check_whole("rank, for ab_init pissa,", self.rank, 1, min(self.W0.shape))
+        if not self.W0.is_meta:                                   # no numbers, no singular values
+            A, B = best_factors(self.W0.to(self.A.dtype) / self.scale, self.rank)
+            self.A.copy_(A)
+            self.B.copy_(B)
+        self.A0, self.B0 = self.A.detach().clone(), self.B.detach().clone()

@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from lora import LoRALinear, check_whole
-from support.errors import UserError
+from lora import LoRALinear
+from support.errors import UserError, check_whole
 
 
 class LoRADashLinear(LoRALinear):
@@ -42,8 +42,9 @@ class LoRADashLinear(LoRALinear):
     Raises UserError if directions or prelaunch is below 1.
     """
 
-    options = {"directions": (8, "train coordinates along this many directions of W0"),
-               "prelaunch": (100, "choose the directions after this many steps of plain LoRA")}
+    options = LoRALinear.options | {
+        "directions": (8, "train coordinates along this many directions of W0"),
+        "prelaunch": (100, "choose the directions after this many steps of plain LoRA")}
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
@@ -61,10 +62,8 @@ class LoRADashLinear(LoRALinear):
             delta = delta + (self.U * self.coords) @ self.Vt
         return delta
 
-    def forward(self, x):
-        y = self.base(x)
-        x = self.dropout(x)
-        y = y + self.low_rank(x)
+    def update(self, x):
+        y = super().update(x)
         # In pre-launch coords must get no gradient, not a gradient of 0: Adam would count these
         # steps. After 100 of them it would move coords up to twice as far for 20 steps.
         if self.dashing:
@@ -75,8 +74,12 @@ class LoRADashLinear(LoRALinear):
     def change_rates(self):
         """Returns U (out, k), rates (k,), Vt (k, in) of all k = min(in, out) directions of W0."""
         U, sigma, Vt = torch.linalg.svd(self.W0.to(self.A.dtype), full_matrices=False)
-        # u_i^T B A v_i for all i at once, without the (out, in) product B A.
-        change = self.scale * ((U.t() @ self.B) * (Vt @ self.A.t())).sum(1)
+        def along(A, B):    # u_i^T B A v_i for all i at once, without the (out, in) product B A
+            return ((U.t() @ B) * (Vt @ A.t())).sum(1)
+        change = along(self.A, self.B)
+        if self.A0 is not None:
+            change = change - along(self.A0, self.B0)
+        change = self.scale * change
         rates = (change / sigma).abs()          # sigma 0: inf, or NaN if nothing moved
         return U, rates.nan_to_num(nan=0.0, posinf=torch.inf), Vt
 

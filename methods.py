@@ -16,14 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 
 from adalora import AdaLoRALinear
-from dora import DoRALinear
+from dora import DoRALinear, MagnitudeLinear, dora_over
 from dual_lora import DualLoRALinear
+from hira import HiRALinear
+from loha import LoHaLinear
 from lora import AdapterLinear, LoRALinear
 from lora_dash import LoRADashLinear
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, open_regular
+from support.targets import (find_layers, find_whole, linear_layers, listed, modules_named, of_each,
+                             own_targets)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,8 @@ METHODS = {
     "adalora": Method(AdaLoRALinear, 2e-2, 1e-3),
     "dash": Method(LoRADashLinear, 1e-2, 2e-4, "the paper's"),
     "dual": Method(DualLoRALinear, 1.4e-2, 2e-3),
+    "loha": Method(LoHaLinear, 1e-2, 2e-3),
+    "hira": Method(HiRALinear, 1e-1, 2e-3),
 }
 LISTED = dict(METHODS)
 
@@ -63,41 +70,58 @@ def is_listed(method: str) -> bool:
     return METHODS[method] is LISTED.get(method)
 
 
+def settled(method: str, dora: bool) -> tuple[str, bool]:
+    """Returns ("dora", False) for `lora` with DoRA's magnitude, and else the arguments.
+
+    Raises UserError if the method takes no magnitude, or has one.
+    """
+    layer = METHODS[method].layer
+    if dora and (layer is None or issubclass(layer, MagnitudeLinear)):
+        raise UserError(f"dora goes over another method's update, not over {method}")
+    return ("dora", False) if dora and method == "lora" else (method, dora)
+
+
 def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
            rank: int | dict[str, int] = 8, alpha: float | dict[str, float] = 16.0,
-           dropout: float = 0.0, whole: Iterable[str] = (), **own) -> nn.Module:
+           dropout: float = 0.0, whole: Iterable[str] = (), dora: bool = False,
+           **own) -> nn.Module:
     """Freezes `model` and puts an adapter layer in the place of every target nn.Linear.
 
     A target is the end of module paths: `q` is every layer's q, `to_out.0` the first of each
     to_out. A model of load_pretrained() knows its checkpoint's names too, such as q_proj, and
     all-linear. A module at two paths gets one adapter. rank and alpha are numbers, or
     {path: number} with every adapted layer. Modules that `whole` names train as they are, beside
-    the adapters. `own` holds the method's options. For `full` every weight trains; `whole` says
-    what is counted apart, the other arguments mean nothing. Raises UserError if the method or an option is unknown, a name matches
-    nothing, a module is both adapted and whole, or the model is injected already.
+    the adapters. dora puts DoRA's magnitude over the method's update; `lora` with it is `dora`.
+    `own` holds the method's options. For `full` every weight trains; `whole` says what is counted
+    apart, and the other arguments mean nothing. Raises UserError if the method or an option is
+    unknown, a name matches nothing, a module is both adapted and whole, the method takes no
+    magnitude, or the model is injected already.
     """
     _refuse_injected(model)
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+    method, dora = settled(method, dora)
     layer, options = METHODS[method].layer, METHODS[method].options
+    layer = dora_over(layer) if dora else layer
     if own.keys() - options.keys():
         raise UserError(f"{method} has no option {', '.join(sorted(own.keys() - options.keys()))}: "
                         f"its own are {', '.join(options) or 'none'}")
-    config, new, trained, whole = {"method": method}, {}, [], _names(whole)
+    config, new, trained, whole = {"method": method}, {}, [], listed(whole)
+    config |= dict(dora=True) if dora else {}
     if layer is None:
-        _find_whole(model, whole, {})
+        find_whole(model, whole, {})
     else:
-        own, linear = METHODS[method].defaults | own, _linear(model)
-        targets = _own_targets(_names(targets), linear, getattr(model, "also_named", {}))
-        found = _find(linear, targets)
-        trained = _find_whole(model, whole, found)
-        ranks, alphas = (_of_each(value, found.values(), name)
+        own, linear = METHODS[method].defaults | own, linear_layers(model)
+        targets = own_targets(listed(targets), linear, getattr(model, "also_named", {}))
+        found = find_layers(linear, targets)
+        trained = find_whole(model, whole, found)
+        ranks, alphas = (of_each(value, found.values(), name)
                          for name, value in (("rank", rank), ("alpha", alpha)))
         for name in ("r1", "r2"):           # the parts of Dual LoRA's rank
             if isinstance(rank, dict) and own.get(name) is not None:
                 raise UserError(f"rank is given by layer: leave {name} out, it follows the rank")
         flags = [(p, p.requires_grad) for p in model.parameters()]
-        for base, path in found.items():
+        for base, path in tqdm(found.items(), "adapters", delay=3, leave=False):   # PiSSA's SVDs
             try:
                 made = layer(base, ranks[path], alphas[path], dropout, **own)
             except UserError as error:
@@ -122,99 +146,6 @@ def _refuse_injected(model):
     if any("injected" in module.__dict__ or "kept_adapter" in module.__dict__
            or isinstance(module, AdapterLinear) for module in model.modules()):
         raise UserError("this model has been injected already: start from the pretrained one")
-
-
-def _names(names: Iterable[str]) -> list[str]:
-    names = names.split(",") if isinstance(names, str) else names
-    return sorted({name.strip() for name in names})
-
-
-def ends_in(path: str, names: Iterable[str]) -> bool:
-    """Says whether one of the names is the path, or its end after a dot."""
-    return any(path == name or path.endswith(f".{name}") for name in names)
-
-
-def _of_each(value, paths: Iterable[str], name: str) -> dict:
-    """Returns path -> number, from one number for all or a dict with every path."""
-    if not isinstance(value, dict):
-        return dict.fromkeys(paths, value)
-    odd = sorted(map(str, value.keys() ^ set(paths)))
-    if odd:
-        wrong = ("no adapted layer" if odd[0] in value else
-                 "missing: give the full path of every adapted layer")
-        raise UserError(f"{name}: {odd[0]} is {wrong}")
-    return value
-
-
-def _linear(model) -> dict[str, nn.Linear]:
-    """Returns path -> nn.Linear; a module at two paths stands twice."""
-    return {path: module for path, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear)}
-
-
-def _own_targets(targets: list[str], linear: Iterable[str],
-                 also_named: dict[str, list[str]]) -> list[str]:
-    """Puts the model's own names in the place of a checkpoint's: q for q_proj.
-
-    also_named: path in the checkpoint -> paths of `linear`. The model's own names come first.
-    """
-    own: set[str] = set()
-    for name in targets:
-        paths = {path for theirs, ours in also_named.items() if ends_in(theirs, [name])
-                 for path in ours}
-        known = not paths or any(ends_in(path, [name]) for path in linear)
-        own |= {name} if known else targets_for(paths, linear)
-    return sorted(own)
-
-
-def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
-    """Shortens `paths` to their last parts, unless these name other known paths too."""
-    paths = set(paths)
-    leaves = {path.rpartition(".")[2] for path in paths}
-    return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
-
-
-def _find(linear: dict[str, nn.Linear], targets: list[str]) -> dict[nn.Linear, str]:
-    """Finds the nn.Linear modules that `targets` name; returns module -> its first path."""
-    missing = [name for name in targets if not any(ends_in(path, [name]) for path in linear)]
-    if missing or not targets:
-        names = sorted({path.rpartition(".")[2] for path in linear} - {""})
-        raise UserError(f"no nn.Linear is named {', '.join(missing) or '(nothing)'}: "
-                        f"the model's are {', '.join(names) or 'none'}")
-    found = {}
-    for path, module in linear.items():
-        if ends_in(path, targets):
-            found.setdefault(module, path)
-    return found
-
-
-def _modules_named(model, names: Iterable[str]) -> dict[str, nn.Module]:
-    """Returns path -> module that one of the names names; a module at two paths stands twice."""
-    return {path: module for path, module in model.named_modules(remove_duplicate=False)
-            if path and ends_in(path, names)}
-
-
-def _find_whole(model, names: list[str], adapted: dict[nn.Linear, str]) -> list[nn.Module]:
-    """Finds the modules that `names` name.
-
-    Raises UserError if one is or holds an adapted layer, shares its weight, or is not float32.
-    """
-    found = _modules_named(model, names)
-    for name in names:
-        if not any(ends_in(path, [name]) for path in found):
-            known = {path.rpartition(".")[2] for path, _ in model.named_modules()} - {""}
-            raise UserError(f"whole: no module is named {name or '(nothing)'}: the model's are "
-                            + ", ".join(sorted(word for word in known if not word.isdigit())))
-    own = {p for module in found.values() for p in module.parameters()}
-    for base, path in adapted.items():
-        if base.weight in own or base.bias in own:
-            raise UserError(f"{path}: cannot be adapted and whole at once")
-    for path, module in found.items():
-        for p in module.parameters():
-            if p.dtype in (torch.float16, torch.bfloat16):
-                raise UserError(f"whole: {path} is {p.dtype}, which rounds small steps away: make "
-                                "it float32 first")
-    return list(found.values())
 
 
 def _replace(model, new):
@@ -303,7 +234,7 @@ def train_whole(model: nn.Module, names: list[str]) -> None:
 
 def whole_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Returns path -> module that trains as it is, beside the adapters."""
-    return _modules_named(model, model.injected.get("whole", ()))
+    return modules_named(model, model.injected.get("whole", ()))
 
 
 def count(model: nn.Module) -> dict[str, int]:

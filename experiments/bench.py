@@ -37,8 +37,8 @@ from torch import nn
 from data import load_task
 from data.task import Setup
 from experiments import costs
-from experiments.contenders import (AUTOGRAD_DUALS, OURS, RANK, TARGETS, llama, measure_steps,
-                                    one_layer, one_model, ratio)
+from experiments.contenders import (AUTOGRAD_DUALS, OURS, RANK, TARGETS, WITH_DORA, llama,
+                                    measure_steps, one_layer, one_model, ratio)
 from experiments.encoders import SHAPES, encoder_part
 from experiments.growth import draw_growth, measure_growth
 from experiments.profiling import (flops, kept_for_backward, median_and_spread, megabytes,
@@ -74,9 +74,9 @@ def layer_part(args: Namespace) -> list[dict]:
 def layer_table(n_in: int, n_out: int, tokens: int, args: Namespace) -> list[dict]:
     """Measures every contender on one layer. Torch counts the work that has no formula."""
     contenders = {name: one_layer(name, n_in, n_out, tokens, args.device, args.bf16)
-                  for name in ["frozen", *OURS, *AUTOGRAD_DUALS]}
+                  for name in ["frozen", *OURS, *WITH_DORA, *AUTOGRAD_DUALS]}
     contenders |= {name: one_layer(name, n_in, n_out, tokens, args.device, args.bf16,
-                                   adapt=adapted_by_peft) for name in PEFT[:2]}
+                                   adapt=adapted_by_peft) for name in PEFT if "ada" not in name}
     rows = measure_steps(contenders, 9 if max(n_in, n_out) > 1024 else 15, args.device)
     for name, contender in contenders.items():
         layers = contender.layers
@@ -282,6 +282,9 @@ def goals(found: dict) -> list[tuple[str, float, float]]:
             name = f"Dual LoRA, forward + backward, {width} wide, {tokens} tokens, best: / "
             lines += [(name + "full", ratio(rows, "dual", "full", "fb_best"), bar),
                       (name + "naive", ratio(rows, "dual", "dual, naive", "fb_best"), 0.75)]
+            lines += [(f"{over}, {width} wide, {tokens} tokens: / without",
+                       ratio(rows, over, over.removesuffix(" with dora")), 1.25)
+                      for over in WITH_DORA if over in rows]
     for size in dict.fromkeys(row["size"] for row in found.get("model", [])):
         rows, name = at("model", size=size), f"training step of the {size} model: "
         lines += [(name + "DoRA / our LoRA", ratio(rows, "dora", "lora"), 1.15),

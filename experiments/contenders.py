@@ -15,6 +15,7 @@ from model import Config, Transformer
 RANK = 8
 TARGETS = ["q", "k", "v", "up", "down"]
 OURS = [name for name in METHODS if name != "lora+"]        # which has lora's layer
+WITH_DORA = [f"{name} with dora" for name in ("adalora", "dash", "dual", "loha", "hira")]
 SIZES = {"25 M": dict(vocab_size=8192, d_model=512, n_layers=6, n_heads=8, d_ff=1408),
          "110 M": dict(vocab_size=32000, d_model=768, n_layers=12, n_heads=12, d_ff=2048),
          "1 B": dict(vocab_size=32000, d_model=2048, n_layers=22, n_heads=32, d_ff=5632)}
@@ -96,10 +97,11 @@ def ratio(rows: dict[str, dict], name: str, other: str, key: str = "seconds") ->
 
 
 def adapted(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -> nn.Module:
-    """Adapts a model by the method `name`, or freezes it."""
+    """Adapts a model by the method `name`, one of WITH_DORA too, or freezes it."""
     if name == "frozen":
         return model.requires_grad_(False)
-    return inject(model, name, targets, rank, 2 * rank)
+    method, _, dora = name.partition(" with ")
+    return inject(model, method, targets, rank, 2 * rank, dora=bool(dora))
 
 
 # ---- one layer

@@ -13,7 +13,7 @@ mapped" for them.
 from model import Config
 from support.errors import UserError
 
-MAPPED = ("frozen", "full", "lora", "dora", "adalora", "dash", "dual")
+MAPPED = ("frozen", "full", "lora", "dora", "adalora", "dash", "dual", "loha", "hira")
 DIRECTIONS = 8
 LLAMA_7B = Config(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32,
                   head_dim=128, d_ff=11008, max_positions=2048, tied=False)     # 2302.13971
@@ -38,7 +38,8 @@ def parameters(method: str, n_in: int, n_out: int, r: int) -> int:
     require_mapped(method)
     thin, r0 = n_in + n_out, start_rank(r)
     return {"frozen": 0, "full": n_in * n_out, "lora": r * thin, "dora": r * thin + n_out,
-            "adalora": r0 * (thin + 1), "dash": r * thin + DIRECTIONS, "dual": r * thin}[method]
+            "adalora": r0 * (thin + 1), "dash": r * thin + DIRECTIONS, "dual": r * thin,
+            "loha": r * thin, "hira": r * thin}[method]
 
 
 def work(method: str, n_in: int, n_out: int, n: int, r: int) -> float:
@@ -51,8 +52,9 @@ def work(method: str, n_in: int, n_out: int, n: int, r: int) -> float:
         dora        lora's; W0 A^T, A A^T for the norm                  + r whole + r^2 thin
         adalora     lora's at rank r0; P'P, Q Q' and their gradients    3 n r0 thin + 3 r0^2 thin
         dash        lora's; its directions are fixed: two and two       + 2 n s thin
-        dual        full's; B A and D C, in backward again, and the
+        dual, loha  full's; B A and D C, in backward again, and the
                     gradients of the four factors                       n whole + 4 r whole
+        hira        full's; B A, in backward again, and its gradients   n whole + 4 r whole
     """
     require_mapped(method)
     thin, whole, r0 = n_in + n_out, n_in * n_out, start_rank(r)
@@ -63,7 +65,7 @@ def work(method: str, n_in: int, n_out: int, n: int, r: int) -> float:
         "dora": 3 * n * r * thin + r * whole + r * r * thin,
         "adalora": 3 * n * r0 * thin + 3 * r0 * r0 * thin,
         "dash": 3 * n * r * thin + 2 * n * DIRECTIONS * thin,
-        "dual": n * whole + 4 * r * whole,
+        **dict.fromkeys(("dual", "loha", "hira"), n * whole + 4 * r * whole),
     }[method]
     return 1 + more / (2 * n * whole)
 
@@ -78,11 +80,12 @@ def kept(method: str, n_in: int, n_out: int, n: int, r: int) -> int:
         dora        h, and the output before it is scaled (n, out) for the gradient of m
         adalora     h before and after its lam
         dash        h, and the coordinates of x along the directions (n, s)
-        dual        nothing: backward builds the update again
+        dual, loha, hira    nothing: backward builds the update again
     """
     require_mapped(method)
     return {"frozen": 0, "full": 0, "lora": n * r, "dora": n * (r + n_out),
-            "adalora": 2 * n * start_rank(r), "dash": n * (r + DIRECTIONS), "dual": 0}[method]
+            "adalora": 2 * n * start_rank(r), "dash": n * (r + DIRECTIONS),
+            "dual": 0, "loha": 0, "hira": 0}[method]
 
 
 # ---- a LLaMA-shaped model

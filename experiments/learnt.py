@@ -17,12 +17,13 @@ from torch import nn
 from data import OPTIONS
 from experiments.results import SavedRun, chosen, main_metric, read_runs
 from formats.checkpoint import load_pretrained
-from methods import METHODS, ends_in, merge
+from methods import METHODS, merge
 from support.errors import UserError
 from support.files import open_regular
 from support.flags import TARGETS
 from support.parser import flag
 from support.run import fingerprint, load_adapters, snapshots, weights_dtype
+from support.targets import ends_in
 
 
 class Lacking(UserError):

@@ -24,25 +24,29 @@ class Labels(dict):
 
 LABELS = Labels({
     "full": "full", "lora": "LoRA", "lora+": "LoRA+", "dora": "DoRA", "adalora": "AdaLoRA",
-    "dash": "LoRA-Dash", "dual": "Dual LoRA", "frozen": "frozen layer"})
+    "dash": "LoRA-Dash", "dual": "Dual LoRA", "loha": "LoHa", "hira": "HiRA",
+    "frozen": "frozen layer"})
 # Okabe and Ito's palette, which colour-blind readers can tell apart; markers for print. Methods of
 # one's own share what is left.
-COLOURS = defaultdict(lambda: "#882255", {
+COLOURS = defaultdict(lambda: "#44AA99", {
     "full": "#000000", "lora": "#0072B2", "lora+": "#56B4E9", "dora": "#009E73",
-    "adalora": "#E69F00", "dash": "#CC79A7", "dual": "#D55E00", "frozen": "#999999"})
+    "adalora": "#E69F00", "dash": "#CC79A7", "dual": "#D55E00", "loha": "#882255",
+    "hira": "#7A7A00", "frozen": "#999999"})
 MARKERS = defaultdict(lambda: "X", {
     "full": "s", "lora": "o", "lora+": "P", "dora": "^", "adalora": "D", "dash": "v", "dual": "*",
-    "frozen": "."})
+    "loha": "p", "hira": "h", "frozen": "."})
 # The products that an update is made of, each the layer's attributes from left to right. s is the
 # scale: alpha over the rank, or what stands for it.
 PRODUCTS = {"full": [], "lora": ["B A"], "dora": ["B A"], "adalora": ["P lam Q"],
-            "dash": ["B A", "U coords Vt"], "dual": ["B A", "D C"]}
+            "dash": ["B A", "U coords Vt"], "dual": ["B A", "D C"],
+            "loha": ["B A", "D C"], "hira": ["B A"]}
 FORMULAS = {"full": "every weight trains",
             "lora": "$s\\,BA$",
             "dora": r"$m\,\frac{W_0+s\,BA}{\|W_0+s\,BA\|}-W_0$",
             "adalora": r"$s\,P\,\mathrm{diag}(\lambda)\,Q$",
             "dash": r"$s\,BA+U\,\mathrm{diag}(c)\,V^\top$",
-            "dual": r"$s\,\mathrm{ReLU}(BA)\odot\mathrm{Sign}(DC)$"}
+            "dual": r"$s\,\mathrm{ReLU}(BA)\odot\mathrm{Sign}(DC)$",
+            "loha": r"$s\,(BA)\odot(DC)$", "hira": r"$W_0\odot(BA)$"}
 
 
 def symbol(name: str) -> str:

@@ -19,14 +19,18 @@ from model import Transformer
 PACKAGES = ("peft", "transformers")
 INSTALLED = all(find_spec(name) for name in PACKAGES)
 VERSIONS = {name: version(name) if INSTALLED else None for name in PACKAGES}
-PEFT = ["peft lora", "peft dora", "peft adalora"] if INSTALLED else []
+PEFT = [f"peft {name}" for name in ("lora", "dora", "adalora", "loha", "hira")] * INSTALLED
 
 
 def adapted_by_peft(model: nn.Module, name: str, targets: list[str], rank: int = RANK) -> nn.Module:
-    """Adapts a model with peft's LoRA, DoRA or AdaLoRA."""
+    """Adapts a model with an adapter of peft's; its LoHa's r is half of ours."""
     import peft
     common = dict(target_modules=targets, lora_alpha=2 * rank)
-    if name == "peft adalora":
+    if name == "peft loha":
+        config = peft.LoHaConfig(r=rank // 2, alpha=2 * rank, target_modules=targets)
+    elif name == "peft hira":
+        config = peft.HiraConfig(r=rank, target_modules=targets)
+    elif name == "peft adalora":
         config = peft.AdaLoraConfig(init_r=costs.start_rank(rank), target_r=rank, total_step=1000,
                                     tinit=100, tfinal=300, deltaT=1, orth_reg_weight=0.1, **common)
     else:

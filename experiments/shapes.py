@@ -5,6 +5,7 @@
 shapes.png: the factors of each method's update to scale, for one layer of SIDE x SIDE at rank RANK.
 step.png: where the hooks of the methods stand in one step of train.py's loop.
 """
+import math
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def shape_of(method: str) -> dict:
         return {"trained": SIDE * SIDE, "rank": SIDE, "factors": {}}
     layer = trained_layer(method)
     return {"trained": sum(p.numel() for p in layer.parameters() if p.requires_grad),
-            "rank": int(torch.linalg.matrix_rank(layer.delta_weight().detach())),
+            "rank": int(torch.linalg.matrix_rank((layer.merged_weight() - layer.W0).detach())),
             "factors": {product: factors_of(layer, product) for product in PRODUCTS[method]}}
 
 
@@ -78,9 +79,10 @@ def factors_of(layer: AdapterLinear, product: str) -> dict:
 def draw_shapes():
     """Draws a panel for each method: its formula, its factors to scale, its rank and size."""
     numbers = {method: shape_of(method) for method in PRODUCTS}
-    figure, panels = plt.subplots(1, len(PRODUCTS), figsize=(12, 3.1))
-    figure.subplots_adjust(left=0.005, right=0.995, top=0.995, bottom=0.11, wspace=0.04)
-    for axes, (method, found) in zip(panels, numbers.items()):
+    figure, panels = plt.subplots(2, len(PRODUCTS) // 2, figsize=(12, 7.4))
+    figure.subplots_adjust(left=0.005, right=0.995, top=0.995, bottom=0.075, wspace=0.04,
+                           hspace=0.01)
+    for axes, (method, found) in zip(panels.flat, numbers.items()):
         draw_shape(axes, method, found)
     for x, label, look in ((0.10, "trained", {"color": TRAINED}),
                            (0.21, "taken from $W_0$", {"color": FROM_W0}),
@@ -88,17 +90,18 @@ def draw_shapes():
                                              "hatch": "/////"}),
                            (0.48, "computed, not stored", {"facecolor": "white",
                                                            "edgecolor": "0.4"})):
-        figure.patches.append(plt.Rectangle((x, 0.03), 0.016, 0.055, transform=figure.transFigure,
+        figure.patches.append(plt.Rectangle((x, 0.02), 0.016, 0.026, transform=figure.transFigure,
                                             figure=figure, **look))
-        figure.text(x + 0.022, 0.055, label, fontsize=12, va="center")
-    figure.text(0.69, 0.055, f"one layer of {SIDE} x {SIDE}, rank {RANK}, to scale", fontsize=12,
+        figure.text(x + 0.022, 0.033, label, fontsize=12, va="center")
+    figure.text(0.69, 0.033, f"one layer of {SIDE} x {SIDE}, rank {RANK}, to scale", fontsize=12,
                 va="center", color="0.35")
     return figure, {"side": SIDE, "rank": RANK, "methods": numbers}
 
 
 def draw_shape(axes, method: str, found: dict) -> None:
     """Draws one update: a square for dW, its factors at the left and above."""
-    fill = {"full": TRAINED, "dora": FROM_W0}.get(method, "white")    # DoRA rescales rows of W0
+    # DoRA rescales the rows of W0, HiRA its entries.
+    fill = {"full": TRAINED, "dora": FROM_W0, "hira": FROM_W0}.get(method, "white")
     block(axes, 0, 0, SIDE, SIDE, fill, edge="0.4")
     ink = "white" if method == "full" else "black"
     above, below = captions(found)
@@ -143,8 +146,9 @@ def captions(found: dict) -> tuple[str, str]:
     if any(product["kept"] < product["columns"] for product in sizes):
         return "mean rank", f"{sum(product['columns'] for product in sizes)} at first"
     kept = [product["kept"] for product in sizes]
-    if len(kept) > 1 and sum(kept) == found["rank"]:
-        return "rank", " + ".join(map(str, kept))
+    for join, words in ((sum, " + "), (math.prod, " x ")):
+        if len(kept) > 1 and join(kept) == found["rank"]:
+            return "rank", words.join(map(str, kept))
     return "rank up to" if found["rank"] == SIDE else "rank", ""
 
 

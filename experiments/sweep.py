@@ -18,14 +18,14 @@ from support.errors import UserError
 from support.files import atomic_write
 from support.run import ROOT, finished, visible
 
-TRAIN = str(ROOT / "train.py")
+TRAIN = [sys.executable, str(ROOT / "train.py")]
 
 
 class Runner:
     """Runs trials, `jobs` at a time, each in a process of its own."""
 
-    def __init__(self, jobs: int, total: int, metric: str | None):
-        self.jobs, self.metric = jobs, metric
+    def __init__(self, jobs: int, total: int, metric: str | None, train: list[str]):
+        self.jobs, self.metric, self.train = jobs, metric, train
         self.running: dict[subprocess.Popen, tuple[Trial, int]] = {}    # and its log's old length
         self.failed: dict[str, str] = {}                                # folder -> reason
         self.bar = tqdm(total=total, unit="run", smoothing=0)
@@ -77,7 +77,7 @@ class Runner:
         threads = max(1, (os.cpu_count() or 1) // self.jobs)
         with open(log_of(t), "ab") as log:
             log_length = log.tell()
-            child = subprocess.Popen([sys.executable, TRAIN, *t.flags], stdout=log, stderr=log,
+            child = subprocess.Popen([*self.train, *t.flags], stdout=log, stderr=log,
                                      env={"OMP_NUM_THREADS": str(threads)} | os.environ,
                                      start_new_session=True)        # Ctrl-C reaches only us
             self.running[child] = t, log_length
@@ -125,18 +125,18 @@ def rest_of(args: Namespace, search: list[Trial]) -> list[Trial]:
             for seed in args.seeds if seed not in args.search_seeds]
 
 
-def run_sweep(argv: list[str] | None, doc: str = "") -> None:
-    """Runs all of ablate.py, whose help is `doc`."""
+def run_sweep(argv: list[str] | None, doc: str = "", train: list[str] = TRAIN) -> None:
+    """Runs all of ablate.py, whose help is `doc`. train: the command that makes a run."""
     args = parse_sweep(argv, doc)
     search = search_of(args)
     if args.list:
         ready = all(finished(t.folder) for t in search)
         for t in search + (rest_of(args, search) if ready else []):
-            print(shlex.join([sys.executable, TRAIN, *t.flags]))
+            print(shlex.join([*train, *t.flags]))
         return
     log_of(search[0]).parent.mkdir(parents=True, exist_ok=True)
     later = len({t.setting for t in search}) * (len(args.seeds) - len(args.search_seeds))
-    runner = Runner(args.jobs, len(search) + later, args.metric)
+    runner = Runner(args.jobs, len(search) + later, args.metric, train)
     with runner.bar:
         if done := collect(search):
             metric_of(done, args.metric)

@@ -23,13 +23,13 @@ from formats.huggingface import FAMILIES, map_names, to_file
 from formats.json_files import read_json
 from formats.peft_heads import SEQ_CLS, head_names
 from formats.tensors import DTYPES, Stored, few_names, stored_in
-from methods import ends_in
 from support.errors import UserError, refuse_not_finite
+from support.targets import ends_in
 
 CONFIG, TENSORS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 READ = {"peft_type", "r", "rank_pattern", "lora_alpha", "alpha_pattern", "lora_dropout", "use_dora",
         "use_rslora", "bias", "init_lora_weights", "init_r", "target_modules", "exclude_modules",
-        "layers_to_transform", "modules_to_save"}
+        "layers_to_transform", "modules_to_save", "alpha", "hira_dropout", "init_weights"}
 # Keys that need not be read: the tensors say the same, or the key only led to them.
 HARMLESS = {"layers_pattern", "fan_in_fan_out", "task_type",
             "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
@@ -40,7 +40,16 @@ HARMLESS = {"layers_pattern", "fan_in_fan_out", "task_type",
 # What may follow a tensor's kind in its name. PEFT loads adapters under the name `default`.
 ENDINGS = {"LORA": {**dict.fromkeys(["lora_A", "lora_B"], [".weight", ".default.weight"]),
                     "lora_magnitude_vector": ["", ".weight", ".default.weight"]},
-           "ADALORA": dict.fromkeys(["lora_A", "lora_B", "lora_E"], ["", ".default"])}
+           "ADALORA": dict.fromkeys(["lora_A", "lora_B", "lora_E"], ["", ".default"]),
+           "LOHA": dict.fromkeys(["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"],
+                                 ["", ".default"]),
+           "HIRA": dict.fromkeys(["hira_A", "hira_B"], ["", ".default"])}
+KINDS = "|".join({kind: None for kinds in ENDINGS.values() for kind in kinds})
+OPTIONAL = "lora_magnitude_vector"
+# A config's rank, alpha and dropout, each with PEFT's default.
+NUMBERS = {"LORA": (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0)),
+           "ADALORA": (("init_r", 12), ("lora_alpha", 8), ("lora_dropout", 0)),
+           "LOHA": (("r", 8), ("alpha", 8), None), "HIRA": (("r", 32), None, ("hira_dropout", 0))}
 # Programs that hold a model in another module put these into the names.
 WRAPPERS = {"_orig_mod": "torch.compile", "module": "DistributedDataParallel",
             "_fsdp_wrapped_module": "FSDP", "_checkpoint_wrapped_module": "checkpointing"}
@@ -60,12 +69,22 @@ class PeftConfig:
     seconds: float = 8.0                # how long regular expressions may still take
 
     @property
+    def kind(self) -> str:
+        """Returns LORA, LOHA or HIRA; AdaLoRA's adapters are read as LoRA's."""
+        return "LORA" if self.is_adalora else self.raw["peft_type"]
+
+    @property
     def method(self) -> str:
-        return "dora" if self.raw.get("use_dora") else "lora"
+        return "dora" if self.raw.get("use_dora") else self.kind.lower()
 
     @property
     def is_adalora(self) -> bool:
         return self.raw["peft_type"] == "ADALORA"
+
+    @property
+    def dropout(self) -> float:
+        name = NUMBERS[self.raw["peft_type"]][2]
+        return self.number(*name) if name else 0.0
 
     def number(self, name: str, default: float, key: str | None = None) -> float:
         """Returns the number under a name, or under a key of the object there, or else default.
@@ -138,18 +157,22 @@ class PeftConfig:
             raise UserError(f"{where} not among the layers_to_transform")
         if self.is_adalora:                     # its rank_pattern tells what was pruned
             rank = r if self.raw.get("rank_pattern") else self.number("init_r", 12)
+        elif self.kind == "HIRA":               # which ignores its rank_pattern in PEFT 0.21
+            rank = self.number("r", 32)
         else:
-            rank = self.number_of(module, "r", 8, "rank_pattern")
+            rank = self.number_of(module, *NUMBERS[self.kind][0], "rank_pattern")
         if r != rank:
             raise UserError(f"{self.path}: PEFT would refuse the tensors of {module}: their rank is"
                             f" {r}, the config's {rank}")
 
     def scale(self, module: str, r: int) -> float:
-        """Finds the factor by which PEFT multiplies B A."""
+        """Finds the factor by which PEFT multiplies the update."""
         if self.is_adalora:                     # which knows no patterns
             r, alpha = self.number("init_r", 12), self.number("lora_alpha", 8)
             return (alpha or r) / (r + 1e-5)
-        alpha = self.number_of(module, "lora_alpha", 8, "alpha_pattern")
+        if NUMBERS[self.kind][1] is None:
+            return 1.0
+        alpha = self.number_of(module, *NUMBERS[self.kind][1], "alpha_pattern")
         return alpha / (math.sqrt(r) if self.raw.get("use_rslora") else r)
 
 
@@ -178,9 +201,9 @@ def read_peft_config(folder: Path) -> PeftConfig:
     """Reads adapter_config.json. Raises UserError, which names the key, if one is not read here."""
     path = folder / CONFIG
     raw = read_json(path)
-    if raw.get("peft_type") not in ("LORA", "ADALORA"):
-        raise UserError(f"{path}: peft_type {shown(raw.get('peft_type'))} is not read, only LORA "
-                        "and ADALORA")
+    if raw.get("peft_type") not in list(ENDINGS):
+        raise UserError(f"{path}: peft_type {shown(raw.get('peft_type'))} is not read, only "
+                        + ", ".join(ENDINGS))
     for name, value in raw.items():
         if name not in READ | HARMLESS and value not in (None, False, [], {}):
             raise UserError(f"{path}: {name} {shown(value)} is not supported")
@@ -214,9 +237,9 @@ def read_tensors(folder: Path, config: PeftConfig,
     names: dict[tuple, str] = {}
     copies = []
     for stored in stored_in(file):
-        parts = re.fullmatch(r"base_model\.model\.(.+)\.(lora_[ABE]|lora_magnitude_vector)"
-                             r"((?:\.[^.]+){0,2})", stored.name)
-        if parts is None and "lora_" not in stored.name:
+        parts = re.fullmatch(rf"base_model\.model\.(.+)\.({KINDS})((?:\.[^.]+){{0,2}})",
+                             stored.name)
+        if parts is None and not re.search(r"lora_|hada_|hira_", stored.name):
             name = plain_name(stored.name, family)
             if name in of_head:
                 if of_head[name] in head:
@@ -237,7 +260,7 @@ def read_tensors(folder: Path, config: PeftConfig,
         names[module, parts[2]] = stored.name
         found.setdefault(module, Found(parts[1], {})).tensors[parts[2]] = numbers(stored)
     for module, (_, tensors) in found.items():
-        missing = {"lora_A", "lora_B", *["lora_E"] * config.is_adalora} - set(tensors)
+        missing = ENDINGS[config.raw["peft_type"]].keys() - {OPTIONAL} - set(tensors)
         if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
             raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
     if not found:
@@ -268,7 +291,7 @@ def refuse_ignored(stored: Stored, config: PeftConfig) -> None:
                             "the names")
     if not stored.name.startswith("base_model.model."):
         raise UserError(f"{where}, which does not begin with base_model.model.")
-    kind, ending = re.fullmatch(r".*?(lora_\w*)(.*)", stored.name, re.DOTALL).groups()
+    kind, ending = re.fullmatch(r".*?((?:lora|hada|hira)_\w*)(.*)", stored.name, re.DOTALL).groups()
     kinds = ENDINGS[config.raw["peft_type"]]
     if kind not in kinds:
         raise UserError(f"{stored.path}: {stored.name:.200}: {kind} is not read in an adapter of "

@@ -28,6 +28,13 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {by_lower[close[0]]}?" if close else f"; known: {', '.join(known)}"
 
 
+def check_whole(name: str, value: int, low: int, high: float = math.inf) -> None:
+    """Raises UserError unless `value` is a whole number from low to high."""
+    if type(value) is not int or not low <= value <= high:
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise UserError(f"{name} must be a whole number {limits}, not {value!r}")
+
+
 def require(*packages: str) -> None:
     """Raises UserError, which says what to install, if a package is missing."""
     for package in packages:

@@ -11,10 +11,11 @@ from data import (BASE, ENCODER, LABELS, OPTIONS, TASKS, base_of, checked_option
                   options_of)
 from data.recipes import RECIPES, recipe
 from data.task import BATCH_SIZE
+from dora import MagnitudeLinear
 from formats.checkpoint import MAX_LENGTH
 from formats.peft import import_peft
 from formats.peft_files import find_adapters, read_peft_config
-from methods import METHODS, adapters, inject, state, train_whole
+from methods import METHODS, adapters, inject, settled, state, train_whole
 from support.errors import UserError, nearest
 from support.heads import DROPOUTS, dropouts, give_head, set_dropout
 from support.parser import Parser, default_device, device, flag
@@ -22,7 +23,7 @@ from support.processes import process_count
 from support.run import CHECKPOINT, FILES, PRECISIONS, Flags, fingerprint, read_config, visible
 
 TARGETS = "q,k,v,up,down"
-ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets")
+ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets", "dora")
 ENCODER_SHARE = 0.3     # of the rates for data/base, on data/encoder: the head learns at them too
 # The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
@@ -55,6 +56,9 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     adapter.add_argument("--targets", default=TARGETS,
                          help="adapt the layers whose names end so, comma-separated; PEFT's names, "
                               f"such as q_proj and all-linear, do too ({TARGETS})")
+    adapter.add_argument("--dora", action=BooleanOptionalAction, default=False,
+                         help="put DoRA's magnitude over the method's update: W' = m W / ||W||, "
+                              "W = W0 + dW (no)")
     adapter.add_argument("--lr-ratio", type=float, help="multiply the learning rate of B (dual: B "
                                                         "and D) by this (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
@@ -62,7 +66,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
         if isinstance(default, bool):
             how, value = dict(action=BooleanOptionalAction), f" ({'yes' if default else 'no'})"
         else:
-            how = dict(type=kind[0] if kind else type(default))
+            how = (dict(choices=kind[0]) if kind and isinstance(kind[0], tuple) else
+                   dict(type=kind[0] if kind else type(default)))
             value = "" if default is None else f" ({default})"
         adapter.add_argument(flag(name), **how, help=f"{users}: {words}{value}")
     loop = parser.add_argument_group("loop")
@@ -133,7 +138,9 @@ def unused_flags(method: str) -> list[str]:
     unused = [name for name in OPTIONS_OF_METHODS if name not in options]
     if layer is None:
         unused += ADAPTER_FLAGS
-    elif not layer.uses_alpha:
+    elif issubclass(layer, MagnitudeLinear):
+        unused.append("dora")
+    if layer is not None and not layer.uses_alpha:
         unused.append("alpha")
     if layer is None or not layer.lr_ratio_parameters:
         unused.append("lr_ratio")
@@ -151,6 +158,9 @@ def check_flags(args: Namespace) -> None:
         raise UserError(f"--method is missing; known: {', '.join(METHODS)}")
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown{nearest(args.method, METHODS)}")
+    if args.dora:
+        args.method, args.dora = settled(args.method, args.dora)
+        args.given.discard("dora")          # `lora --dora` is `dora`, which has no such flag
     for name in unused_flags(args.method):
         if name in args.given:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
@@ -230,7 +240,7 @@ def adapt(model, args: Namespace) -> list:
     else:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
         inject(model, args.method, args.targets, args.rank, alpha, args.dropout, whole,
-               **options)
+               bool(args.dora), **options)
     return [model.injected, fingerprint(state(model), torch.float32)]
 
 

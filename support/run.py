@@ -184,7 +184,7 @@ def folders(args: Namespace) -> Iterator[str]:
     if args.out is not None:
         yield args.out
         return
-    size = "" if args.rank is None else f"-r{args.rank}"
+    size = "-dora" * bool(args.dora) + ("" if args.rank is None else f"-r{args.rank}")
     name = f"runs/{args.task.replace('/', '-')}-{args.method}{size}-s{args.seed}"
     for out in itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2))):
         if not os.path.exists(out):

@@ -1,11 +1,19 @@
 """Defines a small network for tests of the methods, and a loop that trains it."""
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dora import MagnitudeLinear
 from methods import METHODS, contract, inject, param_groups
 
 ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
+# DoRA over each method; one of them is quick.
+WITH_DORA = [name if name == "dual with dora" else pytest.param(name, marks=pytest.mark.slow)
+             for name in (f"{method} with dora" for method in ADAPTED
+                          if method != "lora" and not issubclass(METHODS[method].layer,
+                                                                 MagnitudeLinear))]
+EVERY = [*METHODS, *WITH_DORA]
 STEPS = 12
 
 
@@ -48,10 +56,16 @@ def net(dtype=torch.float32, seed=0):
     return Net().to(dtype)
 
 
+def inject_named(model, name, targets, **kwargs):
+    """Injects a method, or one of WITH_DORA."""
+    method, _, over = name.partition(" with ")
+    return inject(model, method, targets, **kwargs, **({"dora": True} if over else {}))
+
+
 def injected(method, dtype=torch.float32, **kwargs):
     """Makes a Net with adapters on every q and v."""
     torch.manual_seed(1)
-    return inject(net(dtype), method, ["q", "v"], **dict(rank=4, alpha=8) | kwargs)
+    return inject_named(net(dtype), method, ["q", "v"], **dict(rank=4, alpha=8) | kwargs)
 
 
 def data(n=16):

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora import AdapterLinear
 from methods import adapters, inject
 
 # our parameter -> peft's
 LORA = {"A": "lora_A.default.weight", "B": "lora_B.default.weight"}
 DORA = LORA | {"magnitude": "lora_magnitude_vector.default.weight"}
 ADALORA = {"P": "lora_B.default", "lam": "lora_E.default", "Q": "lora_A.default"}
+LOHA = {"A": "hada_w1_b.default", "B": "hada_w1_a.default",
+        "C": "hada_w2_b.default", "D": "hada_w2_a.default"}
+HIRA = {"A": "hira_A.default", "B": "hira_B.default"}
 
 
 class Net(nn.Module):
@@ -46,16 +48,20 @@ def assert_follows(layer, naive, x, g):
     naive(layer, x) is the definition, in plain autograd. The merged weight must give them too.
     """
     right = gradients(layer, lambda x: naive(layer, x), x, g)
-    for forward in (layer, lambda x: AdapterLinear.forward(layer, x)):
+    for forward in (layer, lambda x: F.linear(x, layer.merged_weight(), layer.base.bias)):
         for mine, expected in zip(gradients(layer, forward, x, g), right):
             assert torch.allclose(mine, expected, rtol=1e-9, atol=1e-12 * g.abs().max().item())
     return right
 
 
-def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, **hyper):
-    """Asserts that outputs, loss, gradients and weights stay equal; yields (step, ours)."""
+def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, prepare=None,
+                        **hyper):
+    """Asserts that outputs, loss, gradients and weights stay equal; yields (step, ours).
+
+    prepare(ours, theirs) is called after our parameters have been made equal to theirs.
+    """
     import peft
-    theirs = peft.get_peft_model(Net().double(), config).double().base_model   # adds the penalty
+    theirs = peft.get_peft_model(Net(), config).double().base_model      # adds the penalty
     ours = inject(Net().double(), method, ["q", "v"], **hyper)
     layers = adapters(ours)
     pairs = [(layer.get_parameter(mine), theirs.model.get_submodule(path)
@@ -66,6 +72,8 @@ def trains_as_peft_does(config, names, method, steps=10, theirs_on_step=None, **
     with torch.no_grad():
         for mine, other in pairs:
             mine.copy_(other.view_as(mine))
+        if prepare is not None:
+            prepare(ours, theirs)
     optimizers = [torch.optim.AdamW(side, lr=0.01, weight_decay=0.1) for side in zip(*pairs)]
     for step in range(steps):
         x, target = torch.randn(9, 12).double(), torch.randn(9, 7).double()

@@ -10,7 +10,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from scipy.stats import linregress
 from tqdm import tqdm
 
-from dual_lora import sign_in_place
+from dual_lora import Sign
 from experiments.learnt import (Lacking, Sweep, block_and_module, end_of, merged_and_base,
                                 pretrained, saved_at, shared_steps, tensors_in, updates)
 from experiments.measures import (direction_change, effective_rank, flipped, magnitude_change,
@@ -83,9 +83,9 @@ def matrices_of(run: SavedRun, paths: list[str]) -> dict[str, list]:
         parts, random = ([dual_products(factors, path) for path in paths]
                          for factors in (tensors, gaussian))
         found |= {"Dual: ReLU(BA)": [BA.relu() for BA, _ in parts],
-                  "Dual: Sign(DC)": [sign_in_place(DC) for _, DC in parts],
-                  "random dW": [BA.relu() * sign_in_place(DC) for BA, DC in random],
-                  "random Sign(DC)": [sign_in_place(DC) for _, DC in random]}
+                  "Dual: Sign(DC)": [Sign.apply(DC, 1) for _, DC in parts],
+                  "random dW": [BA.relu() * Sign.apply(DC, 1) for BA, DC in random],
+                  "random Sign(DC)": [Sign.apply(DC, 1) for _, DC in random]}
     return found
 
 

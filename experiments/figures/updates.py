@@ -12,6 +12,7 @@ from methods import adapters
 
 SHOWN = 128             # rows and columns of an update that are drawn
 GAP = 6                 # entries between two blocks
+DRAWN = ["full", "lora", "dora", "adalora", "dash", "dual"]         # the papers' methods
 
 
 def draw_updates(sweep: Sweep):
@@ -23,21 +24,21 @@ def draw_updates(sweep: Sweep):
     shapes. DoRA's m is shown as m / ||W0|| - 1. Trained numbers and rank (numerical_rank) are the
     layer's.
     """
-    runs = sweep.need(*PRODUCTS)
+    runs = sweep.need(*DRAWN)
     paths = [path for path in sweep.layers if path.endswith(".q")] or sweep.layers
     path = paths[len(paths) // 2]
     layers = {method: adapters(trained(run, end_of(run)))[path].requires_grad_(False)
-              for method, (run, *_) in runs.items() if PRODUCTS[method]}
+              for method, (run, *_) in runs.items() if method != "full"}
     run, *_ = runs["full"]
     dW_of = {"full": updates(run, [path], end_of(run))[path]} | {
-        method: layer.delta_weight() for method, layer in layers.items()}
+        method: layer.merged_weight() - layer.W0 for method, layer in layers.items()}
     shape = tuple(dW_of["full"].shape)
     side = min(SHOWN, max(shape))
     edge = 2 * GAP + max(sum(GAP + len(getattr(layer, product.split()[-1]))
                              for product in PRODUCTS[method]) for method, layer in layers.items())
     figure = plt.figure(figsize=(9, 8.3))
     panels = figure.subplot_mosaic(
-        [list(PRODUCTS)[:3], list(PRODUCTS)[3:], ["key"] * 3], height_ratios=(1, 1, 0.3),
+        [DRAWN[:3], DRAWN[3:], ["key"] * 3], height_ratios=(1, 1, 0.3),
         gridspec_kw={"left": 0.01, "right": 0.99, "top": 0.99, "bottom": 0.01, "wspace": 0.02,
                      "hspace": 0.02})
     numbers = {"layer": path, "shape": shape}

@@ -11,7 +11,7 @@ from runs import refused
 from safetensors.torch import load_file
 
 import train
-from dual_lora import sign_in_place
+from dual_lora import Sign
 from experiments import analyze
 from experiments.figures.inside import line_through, start_of
 from experiments.learnt import Lacking, end_of, read_sweep, saved_at, updates
@@ -172,7 +172,8 @@ def test_ranks_of_the_updates_are_those_of_the_methods(sweep, figures):
     end = load_file(sweep / "dual-0" / "adapter.safetensors")
     paths = [name[:-2] for name in end if name.endswith(".D")]
     for label, matrices in (
-            ("Dual: Sign(DC)", [sign_in_place(end[f"{path}.D"] @ end[f"{path}.C"]) for path in paths]),
+            ("Dual: Sign(DC)", [Sign.apply(end[f"{path}.D"] @ end[f"{path}.C"], 1)
+                                for path in paths]),
             ("Dual: ReLU(BA)", [(end[f"{path}.B"] @ end[f"{path}.A"]).relu() for path in paths])):
         ranks = [effective_rank(torch.linalg.svdvals(matrix.double())) for matrix in matrices]
         assert figures["spectra"][label]["effective_rank"][0] == pytest.approx(

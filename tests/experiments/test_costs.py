@@ -32,7 +32,7 @@ def test_dual_lora_holds_no_matrix_of_the_weights_size_not_even_for_a_moment():
         owned = contender.owned | {p.grad.data_ptr() for p in contender.trainable}
         return peak_bytes(contender.forward_backward, owned, "cpu") / (4 * 64 * n_out)
 
-    assert peak("dual", 8192) < 0.7 and peak("dual, naive", 8192) > 4
+    assert peak("dual", 8192) < 1 and peak("dual, naive", 8192) > 4
 
 
 @pytest.fixture

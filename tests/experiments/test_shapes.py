@@ -18,14 +18,15 @@ def found() -> dict[str, dict]:
 def test_shapes_count_what_each_method_trains(found):
     assert {method: row["trained"] for method, row in found.items()} == {
         "full": 128 * 128, "lora": 8 * 256, "dora": 8 * 256 + 128, "adalora": 12 * 257,
-        "dash": 8 * 256 + 8, "dual": 2 * 4 * 256}
+        "dash": 8 * 256 + 8, "dual": 2 * 4 * 256, "loha": 2 * 4 * 256, "hira": 8 * 256}
     assert all(row["trained"] == costs.parameters(method, SIDE, SIDE, 8)
                for method, row in found.items())
 
 
 def test_shapes_have_the_rank_that_each_form_allows(found):
     assert {method: row["rank"] for method, row in found.items()} == {
-        "full": 128, "lora": 8, "dora": 128, "adalora": 8, "dash": 8 + 8, "dual": 128}
+        "full": 128, "lora": 8, "dora": 128, "adalora": 8, "dash": 8 + 8, "dual": 128,
+        "loha": 4 * 4, "hira": 128}
 
 
 def test_shapes_draw_the_factors_as_wide_as_they_are(found):

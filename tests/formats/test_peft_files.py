@@ -16,14 +16,18 @@ from transformers import AutoModelForCausalLM
 
 import convert
 import train
+from dora import MagnitudeLinear
 from formats.checkpoint import load_pretrained
 from formats.peft import MAPPED, export_peft, import_peft
 from lora import LoRALinear
 from methods import METHODS, Method, adapters, inject, load, merge, save, state
 from support.errors import UserError
 
-ADAPTERS = sorted(MAPPED)
+ADAPTERS = sorted(MAPPED) + ["lora with pissa", "dash with pissa",
+                             *(f"{method} with dora" for method in ("lora+", "adalora", "dash"))]
 FAMILIES = ["gpt2", "llama with a tied head"]
+PAIRS = [(family, method) for family in FAMILIES for method in ADAPTERS
+         if (family, method) != ("gpt2", "loha")]       # PEFT has none for GPT-2's Conv1D
 
 
 def fresh(family: str):
@@ -32,13 +36,15 @@ def fresh(family: str):
 
 def trained(family: str, method: str, targets=("q", "v", "up"), **hyper):
     """A model whose adapters hold what training might have left there."""
-    model = inject(fresh(family), method, targets, rank=4, alpha=6, **hyper)
+    method, _, option = method.partition(" with ")
+    hyper |= {"dora": dict(dora=True), "pissa": dict(ab_init="pissa")}.get(option, {})
+    model = inject(fresh(family), method, targets, **dict(rank=4, alpha=6) | hyper)
     with torch.no_grad():
         for name, tensor in state(model).items():
             if not name.endswith(("magnitude", "warmup", "dashing")):
                 tensor.normal_(std=0.3)
     for layer in adapters(model).values():
-        if method == "dora":
+        if isinstance(layer, MagnitudeLinear):
             layer.magnitude.data.mul_(1 + 0.1 * torch.randn_like(layer.magnitude))
         if method == "dual":
             layer.warmup.fill_(0.75)
@@ -66,8 +72,7 @@ def assert_same(a, b):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ADAPTERS)
+@pytest.mark.parametrize("family, method", PAIRS)
 def test_peft_computes_the_logits_of_what_we_write(family, method, tmp_path):
     model = trained(family, method)
     largest = 32                                            # the narrowest matrix: nothing is lost
@@ -80,13 +85,60 @@ def test_peft_computes_the_logits_of_what_we_write(family, method, tmp_path):
         assert (config["r"], config["lora_alpha"]) == (4, 6)
         assert config["target_modules"] == ["q_proj", "up_proj", "v_proj"]
         assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    if method == "dash" and family != "gpt2":
-        assert config["r"] == 4 + 8
+    if family != "gpt2":
+        ranks = {"dash": 4 + 8, "dash with dora": 4 + 8, "lora with pissa": 2 * 4,
+                 "dash with pissa": 2 * 4 + 8, "loha": 2, "hira": 4}
+        assert method not in ranks or config["r"] == ranks[method]
+    assert config["peft_type"] == {"loha": "LOHA", "hira": "HIRA"}.get(method, "LORA")
+    assert config.get("use_dora", False) == (method == "dora" or method.endswith("with dora"))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_loha_of_odd_rank_is_filled_with_zeros(tmp_path):
+    model = trained(FAMILIES[1], "loha", rank=5)
+    export_peft(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 3
+    assert_same(logits_of(in_peft(FAMILIES[1], tmp_path)), model(some_tokens()))
+
+
+@pytest.mark.parametrize("method, family, words", [
+    ("dual with dora", FAMILIES[1], "DoRA over LoRA alone, not over dual"),
+    ("hira with dora", FAMILIES[1], "DoRA over LoRA alone, not over hira"),
+    ("loha", "gpt2", "no LoHa for GPT-2")])
+def test_what_peft_does_not_have_is_refused_by_name(method, family, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        export_peft(trained(family, method), tmp_path / "out", 4 if "dual" in method else None)
+    assert not (tmp_path / "out").exists()
+
+
+HADAMARD = {"LoHa": (peft.LoHaConfig, dict(r=3, alpha=5, target_modules=["q_proj", "up_proj"],
+                                           rank_pattern={"up_proj": 2},
+                                           alpha_pattern={"q_proj": 7})),
+            "HiRA": (peft.HiraConfig, dict(r=3, target_modules=["q_proj", "up_proj"],
+                                           hira_dropout=0.1)),
+            "HiRA, fused": (peft.HiraConfig, dict(r=3, target_modules=["c_attn"],
+                                                  fan_in_fan_out=True))}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HADAMARD)
+def test_we_compute_the_logits_of_peft_s_loha_and_hira(name, tmp_path):
+    kind, options = HADAMARD[name]
+    family = "gpt2" if "fused" in name else FAMILIES[1]
+    theirs = peft.get_peft_model(copy.deepcopy(checkpoint(family)[0]),
+                                 kind(**options, task_type="CAUSAL_LM")).eval()
+    for key, p in theirs.named_parameters():
+        if "hada_" in key or "hira_" in key:
+            p.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    ours = import_peft(fresh(family), tmp_path)
+    assert_same(ours(some_tokens()), logits_of(theirs))
+    assert ours.injected["method"] == ("loha" if name == "LoHa" else "hira")
+    assert ours.injected["dropout"] == options.get("hira_dropout", 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family, method", PAIRS)
 def test_what_we_write_can_be_read_again(family, method, tmp_path):
     model = trained(family, method)
     export_peft(model, tmp_path, *([32] if method == "dual" else []))

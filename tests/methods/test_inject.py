@@ -179,10 +179,12 @@ def test_dropout_and_evaluation_mode_reach_the_new_layers():
 def test_the_defaults_are_the_papers_and_where_they_leave_a_choice_the_searches():
     assert METHODS["dual"].defaults == dict(r1=None, r2=None, update_warmup=5, init_share=0.01,
                                          init_std=None, clip=True, direction_lr=0.3)
-    assert METHODS["dora"].defaults == {"norm_gradient": False}
+    assert METHODS["lora"].defaults == dict(scaling="lora", ab_init="kaiming")
+    assert METHODS["dora"].defaults == METHODS["lora"].defaults | {"norm_gradient": False}
     assert METHODS["adalora"].defaults == dict(init_rank=None, t_init=0.1, t_final=0.3, delta_t=1,
                                             beta1=0.85, beta2=0.85, gamma=0.01)
-    assert METHODS["dash"].defaults == dict(directions=8, prelaunch=100)
+    assert METHODS["dash"].defaults == METHODS["lora"].defaults | dict(directions=8, prelaunch=100)
+    assert METHODS["loha"].defaults == METHODS["hira"].defaults == {}
     assert METHODS["lora+"].lr_ratio == 16 and METHODS["lora"].lr_ratio == 1
 
 
@@ -198,7 +200,8 @@ def test_every_trainable_parameter_is_in_exactly_one_group(method):
 
 
 @pytest.mark.parametrize("method, fast", [
-    ("lora", ["B"]), ("lora+", ["B"]), ("dora", ["B"]), ("dash", ["B"]), ("dual", ["B", "D"])])
+    ("lora", ["B"]), ("lora+", ["B"]), ("dora", ["B"]), ("dash", ["B"]), ("dual", ["B", "D"]),
+    ("loha", ["B", "D"]), ("hira", ["B"])])
 def test_the_ratio_speeds_up_what_the_class_declares_and_a_schedule_keeps_it(method, fast):
     model = injected(method)
     groups = param_groups(model, 0.01, lr_ratio=16)

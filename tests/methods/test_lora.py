@@ -98,3 +98,60 @@ def test_a_method_needs_only_delta_weight():
     x = torch.ones(4, 3)
     assert torch.allclose(layer(x), layer.base(x) + 6)
     assert Shift.extra_loss([layer]) == 0 and Shift.on_step([layer], 0, 10) is None
+
+
+def test_rslora_divides_by_the_root_of_the_rank():
+    layer = LoRALinear(nn.Linear(2, 2, bias=False), rank=4, alpha=6, scaling="rslora")
+    with torch.no_grad():
+        layer.base.weight.zero_()
+        layer.A.copy_(torch.tensor([[1., 2.]] + 3 * [[0., 0.]]))
+        layer.B.copy_(torch.tensor([[1., 0, 0, 0], [-1., 0, 0, 0]]))
+    assert layer.scale == 3                                    # 6 / sqrt(4)
+    assert layer.merged_weight().tolist() == [[3, 6], [-3, -6]]
+    assert layer(torch.tensor([1., 1.])).tolist() == [9, -9]
+
+
+def pissa(*shape, rank=3, alpha=6, dtype=None, **kwargs):
+    return LoRALinear(nn.Linear(*shape, dtype=dtype), rank, alpha, ab_init="pissa", **kwargs)
+
+
+def test_pissa_on_a_hand_worked_2x2_layer_starts_at_its_largest_singular_value():
+    base = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        base.weight.copy_(torch.tensor([[12., 0.], [0., 1.]]))
+    layer = LoRALinear(base, rank=1, alpha=3, ab_init="pissa")     # scale = 3
+    assert layer.A.abs().tolist() == [[2, 0]] and layer.B.abs().tolist() == [[2], [0]]
+    assert (layer.B @ layer.A).tolist() == [[4, 0], [0, 0]]         # W0's largest part / scale
+    with torch.no_grad():
+        layer.A.copy_(torch.tensor([[2., 1.]]) * layer.A[0, 0].sign())
+    # dW = 3 (B A - B0 A0) = 3 [[4 - 4, 2], [0, 0]]
+    assert layer.delta_weight().tolist() == [[0, 6], [0, 0]]
+    assert layer(torch.tensor([1., 1.])).tolist() == [12 + 6, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pissa_starts_at_w0_to_the_bit_and_at_its_best_part_of_that_rank(dtype):
+    layer, x = pissa(40, 30, dtype=dtype), torch.randn(7, 40, dtype=dtype)
+    assert torch.equal(layer(x), layer.base(x))
+    assert torch.equal(layer.merged_weight().to(dtype), layer.base.weight)
+    U, S, Vt = torch.linalg.svd(layer.base.weight.double())
+    best = (U[:, :3] * S[:3]) @ Vt[:3]
+    assert torch.allclose((layer.scale * layer.B @ layer.A).double(), best, atol=1e-5)
+
+
+def test_pissa_s_frozen_copies_are_saved_and_are_no_parameters():
+    layer = pissa(5, 4)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"A", "B"}
+    assert {"A0", "B0"} <= layer.state_dict().keys()
+    assert "A0" not in LoRALinear(nn.Linear(5, 4), 3, 6).state_dict()
+
+
+def test_pissa_needs_as_many_singular_values_as_its_rank():
+    with pytest.raises(UserError, match="pissa.* to 4, not 5"):
+        pissa(9, 4, rank=5)
+
+
+@pytest.mark.parametrize("option", ["scaling", "ab_init"])
+def test_an_option_that_is_none_of_its_choices_is_refused(option):
+    with pytest.raises(UserError, match=f"{option} must be one of .*, not 'other'"):
+        LoRALinear(nn.Linear(5, 4), 3, 6, **{option: "other"})
