@@ -79,8 +79,6 @@ class AdaLoRALinear(AdapterLinear):
         "gamma": (0.01, "weigh the penalty that keeps P and Q orthonormal by this"),
     }
 
-    thin = True
-
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         self.init_rank = int(1.5 * rank + 0.5) if self.init_rank is None else self.init_rank

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lora import AdapterLinear, LoRALinear
-from support.products import full_precision, low_precision, rebuilt
+from support.products import full_precision
 
 
 def keep_squared_lengths(layer: "MagnitudeLinear", *_) -> None:
@@ -50,12 +50,6 @@ class MagnitudeLinear(AdapterLinear):
             W = super().merged_weight()                     # (out, in)
             return self.ratio(torch.linalg.vector_norm(W, dim=1) ** 2)[:, None] * W
 
-    def squared_norm(self):
-        """Returns ||W||^2 (out,), from blocks of rows of W."""
-        with full_precision(self.W0):
-            return torch.cat([torch.linalg.vector_norm(self.sum_rows(rows), dim=1)
-                              for rows in self.blocks()]) ** 2
-
     def ratio(self, squared):
         """Returns m / ||W|| (out,), given ||W||^2."""
         if not self.norm_gradient:
@@ -65,10 +59,7 @@ class MagnitudeLinear(AdapterLinear):
     def forward(self, x):
         # m/||W|| W drop(x) + bias + W0 (x - drop(x)): the official sum, regrouped.
         dropped = self.dropout(x)
-        if self.thin or low_precision(x):
-            h = self.frozen(dropped) + self.update(dropped)          # (..., out)
-        else:
-            h = rebuilt(dropped, self.sum_rows, self.blocks())
+        h = self.product(dropped)                                    # (..., out)
         with torch.set_grad_enabled(self.norm_gradient and torch.is_grad_enabled()):
             squared = self.squared_norm()
         ratio = self.ratio(squared)

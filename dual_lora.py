@@ -20,7 +20,7 @@ import math
 import torch
 from torch import nn
 
-from lora import AdapterLinear
+from support.dense import DenseLinear
 from support.errors import UserError, check_whole
 
 
@@ -36,7 +36,7 @@ class Sign(torch.autograd.Function):
         return grad.clamp(-ctx.limit, ctx.limit), None
 
 
-class DualLoRALinear(AdapterLinear):
+class DualLoRALinear(DenseLinear):
     """W' = W0 + warmup * scale * ReLU(B A) (.) Sign(D C), scale = alpha/sqrt(r1 r2).
 
     x (..., in) -> (..., out). By hand: A = [1, -1], B = [2; -1], C = [1, 1], D = [1; 0], scale 2.
@@ -44,7 +44,6 @@ class DualLoRALinear(AdapterLinear):
     [1, 1; -1, -1]. The update is 2 * [2, 0; 0, -1] = [4, 0; 0, -2].
     Raises UserError if the rank is below 2, an option is out of range, or W0 is zero (start_size).
     """
-    by_rows = True
 
     def delta_weight(self, rows=slice(None)):
         size = self.warmup * self.scale
@@ -76,7 +75,8 @@ class DualLoRALinear(AdapterLinear):
         for matrix in (self.A, self.B, self.C, self.D):
             nn.init.normal_(matrix, std=self.std)
         self.register_buffer("warmup", self.empty().fill_(float(self.update_warmup == 0)))
-        self.last_cold = None           # see check_on_step_ran
+        self.last_cold = None
+        self.register_forward_pre_hook(check_on_step_ran)
 
     def check_options(self) -> None:
         """Fills in r1 and r2, which share the rank, and refuses what is out of range."""
@@ -110,24 +110,6 @@ class DualLoRALinear(AdapterLinear):
         std = math.sqrt(self.init_share * math.sqrt(2) * size / (self.scale * math.sqrt(self.r1)))
         return std, self.init_share
 
-    def delta_rows(self, rows: slice):
-        self.check_on_step_ran()
-        return super().delta_rows(rows)
-
-    def check_on_step_ran(self) -> None:
-        """Raises UserError if A has changed since the last forward and warmup is still at 0.
-
-        torch counts a tensor's changes in place, but not those that a fused optimizer makes.
-        """
-        if self.warmup > 0 or not torch.is_grad_enabled():
-            return
-        same, changes = (id(self.A), self.warmup._version), self.A._version
-        last_same, last_changes = self.last_cold or (same, changes)
-        self.last_cold = same, changes
-        if last_same == same and last_changes != changes:
-            raise UserError("Dual LoRA's A has changed while its warm-up stayed at 0: call on_step "
-                            "after every optimizer.step(), or inject with update_warmup=0")
-
     def lr_factor(self, name: str) -> float:
         return self.direction_lr if name in ("C", "D") else 1.0
 
@@ -150,3 +132,18 @@ class DualLoRALinear(AdapterLinear):
     def on_step(cls, layers, step: int, total_steps: int) -> None:
         for layer in layers:
             layer.warmup.fill_(min(1.0, (step + 1) / max(1, layer.warmup_steps(total_steps))))
+
+
+def check_on_step_ran(layer: DualLoRALinear, _) -> None:
+    """Raises UserError if A has changed since the last forward and warmup is still at 0.
+
+    torch counts a tensor's changes in place, but not those that a fused optimizer makes.
+    """
+    if layer.warmup > 0 or not torch.is_grad_enabled():
+        return
+    same, changes = (id(layer.A), layer.warmup._version), layer.A._version
+    last_same, last_changes = layer.last_cold or (same, changes)
+    layer.last_cold = same, changes
+    if last_same == same and last_changes != changes:
+        raise UserError("Dual LoRA's A has changed while its warm-up stayed at 0: call on_step "
+                        "after every optimizer.step(), or inject with update_warmup=0")

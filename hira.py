@@ -18,17 +18,16 @@ import math
 
 from torch import nn
 
-from lora import AdapterLinear
+from support.dense import DenseLinear
 
 
-class HiRALinear(AdapterLinear):
+class HiRALinear(DenseLinear):
     """W' = W0 + W0 (.) (B A); A (r, in), B (out, r); x (..., in) -> (..., out).
 
     By hand: W0 = [1, 2; 3, 4], A = [1, 2], B = [1; -1]. B A = [1, 2; -1, -2], and the update is
     [1, 4; -3, -8].
     """
 
-    by_rows = True
     lr_ratio_parameters = ("B",)
     uses_alpha = False
 

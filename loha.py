@@ -19,11 +19,11 @@ import math
 
 from torch import nn
 
-from lora import AdapterLinear
+from support.dense import DenseLinear
 from support.errors import check_whole
 
 
-class LoHaLinear(AdapterLinear):
+class LoHaLinear(DenseLinear):
     """W' = W0 + scale (B A) (.) (D C), scale = alpha/sqrt(r1 r2); x (..., in) -> (..., out).
 
     By hand: A = [1, -1], B = [2; -1], C = [1, 1], D = [1; 3], scale 2.
@@ -31,7 +31,6 @@ class LoHaLinear(AdapterLinear):
     Of an odd rank D C gets the larger part. Raises UserError if the rank is below 2.
     """
 
-    by_rows = True
     lr_ratio_parameters = ("B", "D")
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):

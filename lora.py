@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from support.errors import UserError, check_whole
-from support.products import best_factors, full_precision, low_precision, rebuilt
+from support.products import best_factors, full_precision, rebuilt
 
 
 class AdapterLinear(nn.Module):
@@ -43,8 +43,6 @@ class AdapterLinear(nn.Module):
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
-    thin = False                                # True: update() does not build delta_weight()
-    by_rows = False                             # True: delta_weight(rows) builds some rows alone
     max_rank = 10_000       # above min(in, out) rank adds parameters, but no directions
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
@@ -99,27 +97,20 @@ class AdapterLinear(nn.Module):
             return self.W0 + self.delta_weight()
 
     def update(self, x):
-        """Returns x delta_weight()^T (..., out)."""
-        return rebuilt(x, self.delta_rows, self.blocks())
+        """Returns x delta_weight()^T (..., out); backward builds the update again."""
+        return rebuilt(x, lambda _: self.delta_weight())
 
     def forward(self, x):
-        # In bf16 W0 + dW would round a small dW away, so each gets a product of its own.
-        if self.thin or low_precision(x) or self.training and self.dropout.p > 0:
-            return self.base(x) + self.update(self.dropout(x))
-        return rebuilt(x, self.sum_rows, self.blocks(), self.base.bias)
+        return self.base(x) + self.update(self.dropout(x))
 
-    def sum_rows(self, rows: slice):
-        """Returns rows of W0 + delta_weight(): (n, in)."""
-        return self.rows(rows) + self.delta_rows(rows)
+    def product(self, x):
+        """Returns x (W0 + delta_weight())^T (..., out), without the bias; for dora.py."""
+        return self.frozen(x) + self.update(x)
 
-    def delta_rows(self, rows: slice):
-        """Returns rows of delta_weight(): (n, in)."""
-        return self.delta_weight(rows) if self.by_rows else self.delta_weight()[rows]
-
-    def blocks(self) -> list[slice]:
-        """Returns the blocks of rows in which delta_weight() is built: 1024 each, or all at once."""
-        n = len(self.W0)
-        return [slice(i, i + 1024) for i in range(0, n, 1024)] if self.by_rows else [slice(n)]
+    def squared_norm(self):
+        """Returns |w|^2 (out,) of each row w of W0 + delta_weight(); for dora.py."""
+        with full_precision(self.W0):
+            return torch.linalg.vector_norm(self.W0 + self.delta_weight(), dim=1) ** 2
 
     def lr_factor(self, name: str) -> float:
         """Returns a parameter's factor on the learning rate; LoRA+'s ratio multiplies it."""
@@ -157,7 +148,6 @@ class LoRALinear(AdapterLinear):
         "ab_init": ("kaiming", "start A at random and B at 0; pissa: both at W0's largest singular "
                     "values", ("kaiming", "pissa"))}
     lr_ratio_parameters = ("B",)
-    thin = True
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)

@@ -19,7 +19,8 @@ from support.run import CHECKPOINT, Run
 def print_header(args: Namespace, run: Run, model, task: Task, plan: str, counts: dict) -> None:
     """Prints what will run: the model, the adapters, the data and the training."""
     name = os.path.relpath(args.model) if os.path.exists(args.model) else args.model
-    print(f"{args.method}{' with DoRA' * bool(args.dora)} on {args.task}, from {name}, into {run.folder}")
+    dora = " with DoRA" if args.dora else ""
+    print(f"{args.method}{dora} on {args.task}, from {name}, into {run.folder}")
     share = 100 * counts["trainable"] / counts["total"]
     print(f"trainable {counts['trainable']:,} of {counts['total']:,} parameters ({share:.2f} %)"
           + f", {counts['whole']:,} of them in whole modules" * (counts["whole"] > 0))

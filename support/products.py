@@ -1,6 +1,6 @@
 """Multiplies by a weight that is built for the product alone; splits a weight into thin factors."""
 import contextlib
-from typing import Callable
+from typing import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,11 @@ def low_precision(x) -> bool:
     return x.dtype.itemsize < 4
 
 
-def rebuilt(x, weight: Callable, blocks: list[slice], bias=None):
+def rebuilt(x, weight: Callable, blocks: Iterable[slice] = (slice(None),), bias=None):
     """Returns x W^T + bias: (..., in) -> (..., out), where weight(rows) builds rows of W.
 
-    Backward builds each block of rows again. So autograd keeps none, and only one is there at a
-    time.
+    Backward builds each block of rows again. So autograd keeps none of W, and one block is there at
+    a time.
     """
     def product(x, rows):
         with full_precision(x):
