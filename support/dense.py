@@ -16,20 +16,22 @@ class DenseLinear(AdapterLinear):
         # Two products in bf16, where W0 + dW would round a small dW away.
         if low_precision(x) or self.training and self.dropout.p > 0:
             return super().forward(x)
-        return rebuilt(x, self.sum, self.blocks(), self.base.bias)
+        return rebuilt(x, self.updated_rows, self.blocks(), self.base.bias)
 
     def update(self, x):
         return rebuilt(x, self.delta_weight, self.blocks())
 
     def product(self, x):
-        return super().product(x) if low_precision(x) else rebuilt(x, self.sum, self.blocks())
+        if low_precision(x):
+            return super().product(x)
+        return rebuilt(x, self.updated_rows, self.blocks())
 
     def squared_norm(self):
         with full_precision(self.W0):
-            return torch.cat([torch.linalg.vector_norm(self.sum(rows), dim=1)
+            return torch.cat([torch.linalg.vector_norm(self.updated_rows(rows), dim=1)
                               for rows in self.blocks()]) ** 2
 
-    def sum(self, rows: slice):
+    def updated_rows(self, rows: slice):
         """Returns rows of W0 + delta_weight(): (n, in)."""
         return self.rows(rows) + self.delta_weight(rows)
 

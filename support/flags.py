@@ -59,8 +59,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     adapter.add_argument("--dora", action=BooleanOptionalAction, default=False,
                          help="put DoRA's magnitude over the method's update: W' = m W / ||W||, "
                               "W = W0 + dW (no)")
-    adapter.add_argument("--lr-ratio", type=float, help="multiply the learning rate of B (dual: B "
-                                                        "and D) by this (1; lora+ 16)")
+    adapter.add_argument("--lr-ratio", type=float, help="multiply the learning rate of B (dual, "
+                             "loha: B and D) by this (1; lora+ 16)")
     for name, (default, words, *kind) in OPTIONS_OF_METHODS.items():
         users = ", ".join(key for key, method in METHODS.items() if name in method.options)
         if isinstance(default, bool):
@@ -160,7 +160,8 @@ def check_flags(args: Namespace) -> None:
         raise UserError(f"--method {args.method}: unknown{nearest(args.method, METHODS)}")
     if args.dora:
         args.method, args.dora = settled(args.method, args.dora)
-        args.given.discard("dora")          # `lora --dora` is `dora`, which has no such flag
+        if not args.dora:
+            args.given.discard("dora")      # `lora --dora` is `dora`, which has no such flag
     for name in unused_flags(args.method):
         if name in args.given:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")

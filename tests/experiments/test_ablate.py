@@ -81,6 +81,15 @@ def test_any_flag_can_be_varied_where_the_method_uses_it(capsys):
         assert sum(part in line for line in lines) == times
 
 
+def test_a_sweep_goes_over_methods_with_and_without_dora(capsys):
+    lines = listed(capsys, "--methods", "lora,dora,loha,full", "--lrs", "x1", "--vary",
+                   "dora=no,yes", *SHORT)
+    told = [(value_of(line, "--method"), "--dora" in line) for line in lines]
+    assert told == [("lora", False), ("lora", True), ("dora", False), ("loha", False),
+                    ("loha", True), ("full", False)]
+    assert len({value_of(line, "--out") for line in lines}) == len(lines)
+
+
 def test_one_at_a_time_leaves_all_else_at_its_default(capsys):
     lines = listed(capsys, "--methods", "dual", "--lrs", "x1", "--one-at-a-time", "--vary",
                    "init-std=0.03,0.12", "--vary", "clip=no", *SHORT)

@@ -43,6 +43,14 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
     (["--method", "dual", "--steps", "1"], "at least 2 steps"),
     (["--method", "adalora", "--t-init", "50", "--t-final", "50", "--steps", "100"], "t_init 50"),
     (["--method", "adalora", "--lr-ratio", "4"], "--lr-ratio: method adalora does not use it"),
+    (["--method", "full", "--dora"], "dora goes over another method's update, not over full"),
+    (["--method", "dora", "--dora"], "not over dora"),
+    (["--method", "dual", "--dora", "--norm-gradient"], "--norm-gradient: method dual does not"),
+    (["--method", "hira", "--alpha", "4"], "--alpha: method hira does not use it"),
+    (["--method", "dual", "--scaling", "rslora"], "--scaling: method dual does not use it"),
+    (["--method", "lora", "--scaling", "alpha"], "--scaling: invalid choice: 'alpha'"),
+    (["--method", "lora", "--ab-init", "pissa", "--rank", "200"], "from 1 to 128, not 200"),
+    (["--method", "loha", "--rank", "1"], "of at least 2, not 1"),
     (["--method", "lora", "--device", "hpu"], "--device: hpu: neither cpu"),
     (["--method", "lora", "--out", "x" * 300], "File name too long"),
     (["--resume", "--out", "none"], "none"),
@@ -50,6 +58,30 @@ pytestmark = pytest.mark.usefixtures("empty_folder")
 def test_wrong_flags_end_with_one_line_and_write_nothing(flags, said, capsys):
     assert said in refused(capsys, *flags)
     assert list(Path().iterdir()) == []
+
+
+def test_lora_with_dora_is_the_run_of_dora():
+    def filled(*flags: str) -> dict:
+        args = flags_of_train.parse_flags(list(flags))
+        flags_of_train.check_flags(args)
+        return {name: value for name, value in vars(args).items() if name != "given"}
+
+    assert filled("--method", "lora", "--dora", "--norm-gradient") == filled(
+        "--method", "dora", "--norm-gradient")
+    assert filled("--method", "dual", "--dora")["method"] == "dual"
+
+
+def test_a_resumed_run_keeps_its_magnitude(capsys):
+    flags = ["--method", "hira", "--skip-before", *SHORT, "--out"]
+    train.main([*flags, "run", "--dora"])
+    assert "hira with DoRA on facts" in capsys.readouterr().out
+    for same in ([], ["--dora"]):           # flags that are left out are the run's
+        with pytest.raises(SystemExit) as stop:
+            train.main([*flags, "run", "--resume", *same])
+        assert stop.value.code == 0
+    assert "dora" in refused(capsys, *flags, "run", "--no-dora", "--resume")
+    train.main([*flags, "plain"])
+    assert "dora" in refused(capsys, *flags, "plain", "--dora", "--resume")
 
 
 RTE = ["--method", "adalora", "--task", "glue/rte", "--data-dir", "."]
