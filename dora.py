@@ -2,16 +2,19 @@
 
     W' = m W / ||W||,   W = W0 + dW                     (eq. 5)
 
-W0 (out, in) is the pretrained weight, frozen. dW is LoRA's alpha/r B A here, or the update of any
-other method (dora_over). m (out,) is `magnitude`, ||W|| (out,) the length of each row of W.
+W0 (out, in) is the pretrained weight, frozen. dW is alpha/r B A, LoRA's update, or that of any
+other method (dora_over). m (out,) is `magnitude`. ||W|| (out,) is the length of each row of W.
 Idea: full fine-tuning changes the length and the direction of each row separately, so each gets
 parameters of its own.
 Start: dW is zero and m is ||W0||, so the first step sees exactly the pretrained model.
-Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW' and g, w a
-row of G and W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. A step does what the method of dW does.
-Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU).
+Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW', for a row g
+of G and w of W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. Between two steps the method of dW does
+what it does.
+Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU). A
+method that builds dW in every forward (support/dense.py) builds it once more, for ||W||.
 Goes wrong: if W0 is loaded after the layer is made, m still has the old W0's lengths.
-Differs: the paper norms columns; its code, as here, the rows of (out, in). alpha/r is the code's.
+Differs: the paper takes the length of columns. Its code takes rows of (out, in), as here; alpha/r
+is the code's too.
 """
 from functools import cache
 
@@ -23,7 +26,7 @@ from support.products import full_precision
 
 
 def keep_squared_lengths(layer: "MagnitudeLinear", *_) -> None:
-    """Computes ||W0||^2 (out,) once, since W0 is frozen."""
+    """Computes ||W0||^2 (out,), when the layer is made and when weights are loaded into it."""
     dtype = layer.empty(0).dtype
     lengths = torch.linalg.vector_norm(layer.W0.detach(), dim=1, dtype=dtype)
     layer.register_buffer("W0_squared", lengths ** 2, persistent=False)
@@ -32,7 +35,9 @@ def keep_squared_lengths(layer: "MagnitudeLinear", *_) -> None:
 class MagnitudeLinear(AdapterLinear):
     """W' = magnitude * W / ||W||, W = W0 + delta_weight(); x (..., in) -> (..., out).
 
-    Goes before a method's class among the bases: class DoRALinear(MagnitudeLinear, LoRALinear).
+    Stands before a method's class among the bases: class DoRALinear(MagnitudeLinear, LoRALinear).
+    The method gives delta_weight() and product(), and what it does between steps; this class
+    rescales their rows.
     By hand, one row: W = [6, 8], of length 10, and m = 20: W' = 20/10 [6, 8] = [12, 16].
     The bias is not scaled. A row of zeros has no direction and stays zero.
     """
@@ -42,7 +47,7 @@ class MagnitudeLinear(AdapterLinear):
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, **own):
         super().__init__(base, rank, alpha, dropout, **own)
         keep_squared_lengths(self)
-        self.register_load_state_dict_post_hook(keep_squared_lengths)       # not magnitude
+        self.register_load_state_dict_post_hook(keep_squared_lengths)   # magnitude is loaded
         self.magnitude = nn.Parameter(self.W0_squared.sqrt())
 
     def merged_weight(self):
@@ -51,13 +56,14 @@ class MagnitudeLinear(AdapterLinear):
             return self.ratio(torch.linalg.vector_norm(W, dim=1) ** 2)[:, None] * W
 
     def ratio(self, squared):
-        """Returns m / ||W|| (out,), given ||W||^2."""
+        """Returns m / ||W|| (out,), given ||W||^2. The length of a row of zeros is taken as 1."""
         if not self.norm_gradient:
             squared = squared.detach()          # a constant in backward: section 4.3
-        return self.magnitude / squared.masked_fill(squared <= 0, 1).sqrt()   # a row of 0: 0/1
+        return self.magnitude / squared.masked_fill(squared <= 0, 1).sqrt()
 
     def forward(self, x):
-        # m/||W|| W drop(x) + bias + W0 (x - drop(x)): the official sum, regrouped.
+        # The official code's W0 x + (m/||W|| - 1) W0 drop(x) + m/||W|| dW drop(x) + bias, as
+        # m/||W|| W drop(x) + bias + W0 (x - drop(x)).
         dropped = self.dropout(x)
         h = self.product(dropped)                                    # (..., out)
         with torch.set_grad_enabled(self.norm_gradient and torch.is_grad_enabled()):
@@ -72,10 +78,8 @@ class MagnitudeLinear(AdapterLinear):
 class DoRALinear(MagnitudeLinear, LoRALinear):
     """W' = magnitude * W / ||W||, W = W0 + scale B A, scale = alpha/r; x (..., in) -> (..., out).
 
-    By hand, one row: W0 = [3, 4], A = [3, 4], B = 0.5, scale 2, m = 20. Then W = [6, 8], and
-    W' = [12, 16].
     A constant ||W|| saves 24 % of the memory on LLaMA-7B and costs 0.2 points of accuracy (table
-    7: 78.1, not 78.3). norm_gradient computes the full gradient, dL/dw = m/||w|| (g - its part
+    7). norm_gradient computes the full gradient, dL/dw = m/||w|| (g - its part
     along w); a bf16 W0 then costs a float32 copy until backward.
     """
 
@@ -85,7 +89,7 @@ class DoRALinear(MagnitudeLinear, LoRALinear):
     def squared_norm(self):
         """Returns ||W||^2 (out,). For rows v of W0, b of s B: |v|^2 + 2 b.(v A^T) + b.(b A A^T).
 
-        By hand, W0 = [3, 4], A = [1, 2], b = 2 * 0.5: 25 + 2 * 11 + 5 = 52, as [4, 6] has.
+        By hand, W0 = [3, 4], A = [1, 2], b = 2 * 0.5: 25 + 2 * 11 + 5 = 52 = |[4, 6]|^2.
         W (out, in) is never built: A A^T is (r, r), W0 A^T is (out, r).
         It loses precision only where s B A cancels over 99 % of a row.
         """

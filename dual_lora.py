@@ -2,16 +2,18 @@
 
     W' = W0 + warmup * alpha/sqrt(r1 r2) * ReLU(B A) (.) Sign(D C)               (section 3)
 
-(.) is element by element; Sign(x) = +1 if x > 0, else -1. A (r1, in) and B (out, r1) say how far
-each weight moves, C (r2, in) and D (out, r2) which way; r1 = r2 = r/2 by default.
+(.) is the Hadamard product, entry by entry; Sign(x) = +1 if x > 0, else -1. A (r1, in) and
+B (out, r1) say how far each weight moves, C (r2, in) and D (out, r2) which way; r1 = r2 = r/2 by
+default.
 Idea: fine-tuning moves every weight by a size and a sign. ReLU and Sign, entry by entry, lift two
 thin products to an update of nearly full rank.
-Start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train, and all four
-matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step, which trains nothing.
+Start (section 3.3): ReLU passes no gradient at 0, so a zero A or B would never train. All four
+matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step. Every gradient is then 0.
 Gradient: Sign's derivative is 0, so backward uses 1, clipping dL/dSign to [-1, 1] (section 3). An
-entry whose ReLU is 0 gets none.
+entry whose ReLU is 0 gives no gradient to either product.
 A step: on_step raises `warmup` to 1 over 5 steps. At 1 the random update has 1 % of W0's rms.
-Cost: LoRA's parameters, 1.25 times its time (25 M parameters, CPU).
+Cost: LoRA's parameters and 1.25 times its time (25 M parameters, CPU). Forward and backward each
+build the update, 1,024 rows at a time (support/dense.py).
 Goes wrong: without on_step nothing trains; a random update large beside W0 harms (start_size).
 Differs: the paper omits the start's size, r1, r2, the warm-up's length, and C's and D's rate.
 """
@@ -47,6 +49,7 @@ class DualLoRALinear(DenseLinear):
 
     def delta_weight(self, rows=slice(None)):
         size = self.warmup * self.scale
+        # size >= 0 may stand inside ReLU: there it multiplies r1 columns, and not all of (out, in).
         magnitude = torch.relu((size * self.B[rows]) @ self.A)     # (out, in), or those rows of it
         direction = Sign.apply(self.D[rows] @ self.C, self.limit)
         return magnitude * direction
@@ -96,7 +99,7 @@ class DualLoRALinear(DenseLinear):
         """Returns the deviation of A, B, C, D at the start, and rms(dW) / rms(W0) at full warm-up.
 
         An entry of B A is a sum of r1 products of variance std^4, and ReLU keeps half of its mean
-        square, so rms(dW) = scale sqrt(r1 / 2) std^2. Solved for rms(dW) = init_share rms(W0).
+        square. So rms(dW) = scale sqrt(r1 / 2) std^2, and std makes it init_share rms(W0).
         """
         if self.W0.is_meta:
             return 1.0, 0.0                                 # no numbers, no size

@@ -2,17 +2,18 @@
 
     W' = W0 + W0 (.) (B A)
 
-W0 (out, in) is the pretrained weight, frozen. (.) is element by element. A (r, in) and B (out, r)
-train.
-Idea: B A says by which factor each weight grows or shrinks, so the update has W0's rank times r at
-most, with LoRA's parameters.
+W0 (out, in) is the pretrained weight, frozen. (.) is the Hadamard product, entry by entry.
+A (r, in) and B (out, r) train.
+Idea: B A says by which share of itself each weight changes. The rank of the update is at most W0's
+times r, with LoRA's parameters.
 Start: B is zero, so the first step sees exactly the pretrained model. A is random, as LoRA's.
-Gradient: plain autograd's. With G = dL/dW', LoRA's formulas hold with G (.) W0 for G.
-A step does nothing else.
-Cost: LoRA's parameters. Every step builds the update (out, in), and again in backward.
+Gradient: plain autograd's. With G = dL/dW', dL/dA = B^T (G (.) W0), dL/dB = (G (.) W0) A^T.
+Nothing happens between two steps.
+Cost: LoRA's parameters, but full fine-tuning's time a step: forward and backward each build the
+update, 1,024 rows at a time, and backward computes dL/dW'.
 Goes wrong: a weight of 0 stays 0. Entries of W0 are far below 1, so B A has to grow far larger than
-in LoRA: the rate is higher.
-Differs: no alpha, as in PEFT.
+in LoRA and needs a higher learning rate.
+Differs: it has no alpha, as PEFT's has none.
 """
 import math
 

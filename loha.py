@@ -2,18 +2,18 @@
 
     W' = W0 + alpha/sqrt(r1 r2) * (B A) (.) (D C)                (section 2.2, proposition 1)
 
-W0 (out, in) is the pretrained weight, frozen. (.) is element by element. A (r1, in), B (out, r1),
-C (r2, in) and D (out, r2) train; r1 = r2 = r/2.
+W0 (out, in) is the pretrained weight, frozen. (.) is the Hadamard product, entry by entry.
+A (r1, in), B (out, r1), C (r2, in) and D (out, r2) train; r1 = r2 = r/2.
 Idea: a product entry by entry of two matrices of rank r1 and r2 may have rank r1 r2. So the
-parameters of a LoRA of rank r hold an update of rank r^2/4.
+parameters of a LoRA of rank r hold an update of rank up to r^2/4.
 Start: C is zero, so the first step sees exactly the pretrained model. A, B and D are random.
 Gradient: plain autograd's, of each product weighed by the other. At the first step only C has one.
-A step does nothing else.
-Cost: LoRA's parameters. Every step builds the update (out, in), and again in backward.
-Goes wrong: an entry in which one product is 0 has no gradient through the other.
-Differs: FedPara replaces W0. Adapters with this update are LyCORIS's and PEFT's, whose start this
-is, and whose r is r1 here. Dual LoRA puts ReLU around B A and Sign around D C, and starts all four
-at random.
+Nothing happens between two steps.
+Cost: LoRA's parameters, but full fine-tuning's time a step: forward and backward each build the
+update, 1,024 rows at a time, and backward computes dL/dW'.
+Goes wrong: four factors multiply, so twice the best learning rate breaks the model (data/base).
+Differs: FedPara puts the product in W0's place. LyCORIS and PEFT add it to W0, as here; the start
+is PEFT's, whose r is r1.
 """
 import math
 
@@ -28,7 +28,7 @@ class LoHaLinear(DenseLinear):
 
     By hand: A = [1, -1], B = [2; -1], C = [1, 1], D = [1; 3], scale 2.
     B A = [2, -2; -1, 1], D C = [1, 1; 3, 3]. The update is 2 [2, -2; -3, 3] = [4, -4; -6, 6].
-    Of an odd rank D C gets the larger part. Raises UserError if the rank is below 2.
+    If the rank is odd, D C gets the larger part. Raises UserError if the rank is below 2.
     """
 
     lr_ratio_parameters = ("B", "D")

@@ -5,10 +5,11 @@
 W0 (out, in) is the pretrained weight, frozen; A (r, in) and B (out, r) train.
 Idea: fine-tuning adds an update of low rank to a weight, so two thin matrices can hold it.
 Dividing alpha by r saves retuning when r changes.
-Start: B is zero, so the first step sees exactly the pretrained model. A is random.
-Gradient: plain autograd's. A step does nothing else.
+Start: B is zero, so the first step sees exactly the pretrained model. A is random. With
+ab_init "pissa" both start at W0's largest singular values (start_at_pissa).
+Gradient: plain autograd's. Nothing happens between two steps.
 Cost: r (in + out) parameters and two thin products a token; nothing once merged into W0.
-Goes wrong: with full fine-tuning's learning rate, which is too low. On data/base 1e-2 is best for
+Goes wrong: full fine-tuning's learning rate is too low. On the model in data/base 1e-2 is best for
 LoRA, 1e-3 for full. A larger alpha needs a lower rate.
 Differs: A is Kaiming-uniform as in the official code, where the paper says Gaussian.
 LoRA+ (Hayou et al., 2024, arXiv:2402.12354) is the same layer, B's learning rate 16 times A's.
@@ -32,14 +33,14 @@ class AdapterLinear(nn.Module):
 
         forward(x) = x W'^T + bias    with    W' = merged_weight() = W0 + delta_weight()
 
-    x (..., in) -> (..., out). Dropout acts on the update's input in training; the equation holds
-    without it. A method writes delta_weight(). It may override update() where the same product has
-    a cheaper form.
+    x (..., in) -> (..., out). DoRA alone has another W' (dora.py). Dropout acts on the update's
+    input in training; the equation holds without it. A method writes delta_weight(). It may
+    override update() where the same product has a cheaper form.
     Raises UserError if rank is not in 1..max_rank, alpha not above 0, dropout not in [0, 1), or an
     option is unknown or not one of its choices.
     """
-    # The method's own hyperparameters: name -> (default, help). A third part is the type, where
-    # the default is None, or the tuple of choices.
+    # The method's own hyperparameters: name -> (default, help). A third part is the tuple
+    # of choices, or the type if the default is None.
     options: dict[str, tuple] = {}
     lr_ratio_parameters: tuple[str, ...] = ()   # whose learning rate LoRA+ multiplies
     uses_alpha = True                           # False: the update has no scale to set
@@ -67,7 +68,10 @@ class AdapterLinear(nn.Module):
 
     @property
     def W0(self):
-        """Returns the pretrained weight (out, in). Methods read it only here and by rows()."""
+        """Returns the pretrained weight (out, in).
+
+        Methods read it here and by rows() alone, so that a base may store it in another form.
+        """
         return self.base.weight
 
     def rows(self, rows: slice):
@@ -82,7 +86,7 @@ class AdapterLinear(nn.Module):
         """Makes a tensor on the base's device: float32, or float64 on a float64 base.
 
         It is not bf16 even if the base is: 8 significant bits would round an optimizer's small
-        steps away. forward() casts it to its input's dtype.
+        steps away. Each product casts it to its input's dtype.
         """
         dtype = torch.float64 if self.W0.dtype == torch.float64 else torch.float32
         return torch.empty(shape, dtype=dtype, device=self.W0.device)
@@ -97,7 +101,7 @@ class AdapterLinear(nn.Module):
             return self.W0 + self.delta_weight()
 
     def update(self, x):
-        """Returns x delta_weight()^T (..., out); backward builds the update again."""
+        """Returns x delta_weight()^T (..., out). Backward builds the update again: none is kept."""
         return rebuilt(x, lambda _: self.delta_weight())
 
     def forward(self, x):
@@ -138,7 +142,7 @@ class LoRALinear(AdapterLinear):
     """W' = W0 + scale B A, scale = alpha/r; A (r, in), B (out, r); x (..., in) -> (..., out).
 
     By hand: A = [1, 2], B = [1; -1], scale 3: dW = 3 B A = [3, 6; -3, -6].
-    With G = dL/dW', dL/dA = scale B^T G and dL/dB = scale G A^T. At step 0 B is 0: B moves first.
+    With G = dL/dW', dL/dA = scale B^T G and dL/dB = scale G A^T. At step 0 B is 0, so only B moves.
     scaling "rslora" takes alpha/sqrt(r), for ranks above 32 (Kalajdzievski 2023, arXiv:2312.03732).
     For ab_init "pissa" see start_at_pissa().
     """
@@ -156,7 +160,7 @@ class LoRALinear(AdapterLinear):
         self.B = nn.Parameter(self.empty(base.out_features, rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
-        self.register_buffer("A0", None)        # not None: what PiSSA starts at
+        self.register_buffer("A0", None)        # PiSSA's start; None without it
         self.register_buffer("B0", None)
         if self.ab_init == "pissa":
             self.start_at_pissa()
@@ -179,10 +183,15 @@ class LoRALinear(AdapterLinear):
 
     @torch.no_grad()
     def start_at_pissa(self) -> None:
-        """Starts at W' = W0 + scale (B A - B0 A0), with scale B A = W0's best part of rank r.
+        """Starts A and B at W0's r largest singular values.
 
-        A0 and B0 are frozen copies of that A and B. Meng et al. (2024, arXiv:2404.02948, section
-        3) subtract scale B A from the stored weight instead, which rounds it; gradients are equal.
+            W' = W0 + scale (B A - B0 A0)
+
+        They hold most of W0, so that training begins with its main directions. A0 and B0 are
+        frozen copies, so W' begins at W0. scale B A is W0's nearest matrix of rank r.
+        Cost: two thin products and two matrices more.
+        Meng et al. (2024, arXiv:2404.02948, section 3) subtract scale B0 A0 from the stored weight,
+        which rounds it. The gradients are the same.
         By hand: W0 = [12, 0; 0, 1], r = 1, scale 3: A = [2, 0], B = [2; 0].
         Raises UserError if r is above W0's smaller side.
         """

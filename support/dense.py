@@ -1,4 +1,4 @@
-"""Defines the base of the methods whose update has an entry of its own for each weight."""
+"""Defines the base of the methods whose update has no thin factors to multiply by."""
 import torch
 
 from lora import AdapterLinear
@@ -6,15 +6,16 @@ from support.products import full_precision, low_precision, rebuilt
 
 
 class DenseLinear(AdapterLinear):
-    """Learns an update that no thin product replaces: Dual LoRA's, LoHa's, HiRA's.
+    """Builds the update in every forward, and again in backward, in blocks of its rows.
 
-    delta_weight(rows) returns rows of the update (n, in), and all of them without `rows`. Forward
-    and backward build it block by block, so that it is never there as a whole.
+    delta_weight(rows) returns rows of the update (n, in), and all of them without `rows`. Training
+    never holds all of it. Beside LoRA it costs one large product more: backward computes dL/dW'.
     """
 
     def forward(self, x):
-        # Two products in bf16, where W0 + dW would round a small dW away.
-        if low_precision(x) or self.training and self.dropout.p > 0:
+        # Two products where the sum W0 + dW would round a small dW away, and where dropout acts on
+        # the input of dW alone.
+        if low_precision(x) or (self.training and self.dropout.p > 0):
             return super().forward(x)
         return rebuilt(x, self.updated_rows, self.blocks(), self.base.bias)
 

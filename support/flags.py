@@ -15,6 +15,7 @@ from dora import MagnitudeLinear
 from formats.checkpoint import MAX_LENGTH
 from formats.peft import import_peft
 from formats.peft_files import find_adapters, read_peft_config
+from lora import LoRALinear
 from methods import METHODS, adapters, inject, settled, state, train_whole
 from support.errors import UserError, nearest
 from support.heads import DROPOUTS, dropouts, give_head, set_dropout
@@ -24,6 +25,7 @@ from support.run import CHECKPOINT, FILES, PRECISIONS, Flags, fingerprint, read_
 
 TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets", "dora")
+PEFTS_OWN = (*ADAPTER_FLAGS, *LoRALinear.options)           # which --from-peft brings
 ENCODER_SHARE = 0.3     # of the rates for data/base, on data/encoder: the head learns at them too
 # The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
@@ -150,7 +152,7 @@ def unused_flags(method: str) -> list[str]:
 def check_flags(args: Namespace) -> None:
     """Raises UserError if a flag is wrong, before anything is loaded."""
     if args.from_peft is not None:
-        for name in ("method", *ADAPTER_FLAGS):
+        for name in ("method", *PEFTS_OWN):
             if name in args.given:
                 raise UserError(f"{flag(name)}: --from-peft brings its own")
         args.method = read_peft_config(find_adapters(args.from_peft)).method
@@ -199,11 +201,11 @@ def follow_recipe(args: Namespace) -> None:
 
     Raises UserError if there is no such recipe for the task.
     """
-    settled = args.given | set(unused_flags(args.method))
-    settled |= set(ADAPTER_FLAGS) if args.from_peft is not None else set()
-    settled |= {"epochs"} if args.steps is not None else set()
+    decided = args.given | set(unused_flags(args.method))
+    decided |= set(PEFTS_OWN) if args.from_peft is not None else set()
+    decided |= {"epochs"} if args.steps is not None else set()
     for name, value in recipe(args.recipe, args.task).items():
-        if name not in settled:
+        if name not in decided:
             setattr(args, name, value)
 
 
@@ -299,7 +301,7 @@ def resolve(args: Namespace, model, task) -> Flags:
          **{name: default for name, default in options_of(args.task).items()
             if default is not Parameter.empty})
     flags |= dict.fromkeys(unused_flags(args.method))
-    flags |= dict.fromkeys(ADAPTER_FLAGS) if args.from_peft is not None else {}
+    flags |= dict.fromkeys(PEFTS_OWN) if args.from_peft is not None else {}
     flags |= dict(max_length=task.setup.max_length, loss_on=task.loss_on)
     flags |= dict.fromkeys(DROPOUTS) | dropouts(model)
     fill(batch_size=task.defaults["batch_size"])

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def full_precision(x):
-    """Returns a context without autocast, to build in float32; a "meta" device has none."""
+    """Returns a context without autocast, to build in float32; the meta device has no autocast."""
     device = x.device.type
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
@@ -25,8 +25,8 @@ def low_precision(x) -> bool:
 def rebuilt(x, weight: Callable, blocks: Iterable[slice] = (slice(None),), bias=None):
     """Returns x W^T + bias: (..., in) -> (..., out), where weight(rows) builds rows of W.
 
-    Backward builds each block of rows again. So autograd keeps none of W, and one block is there at
-    a time.
+    Backward builds each block of rows again. So autograd keeps x and what weight() reads, but
+    nothing of W, and one block is there at a time.
     """
     def product(x, rows):
         with full_precision(x):
@@ -34,7 +34,7 @@ def rebuilt(x, weight: Callable, blocks: Iterable[slice] = (slice(None),), bias=
         return F.linear(x, W.to(x.dtype), None if bias is None else bias[rows])
 
     parts = [checkpoint(product, x, rows, use_reentrant=False, preserve_rng_state=False)
-             for rows in blocks]
+             for rows in blocks]                    # preserve_rng_state: nothing here is random
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

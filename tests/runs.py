@@ -10,8 +10,8 @@ from data.task import Setup
 from methods import METHODS
 
 SHORT = ["--steps", "6", "--batch-size", "8", "--max-eval", "20", "--eval-every", "3"]
-# Every method; all but two are marked slow.
-FEW_QUICK = [method if method in ("lora", "dual") else pytest.param(method, marks=pytest.mark.slow)
+# Every method; all but one are marked slow.
+ONE_QUICK = [method if method == "dual" else pytest.param(method, marks=pytest.mark.slow)
              for method in METHODS]
 ITEMS = [{"prompt": f"Item {i} weighs", "target": f" {i * 7 % 10} stones."} for i in range(30)]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
-from runs import FEW_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
+from runs import ONE_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
 from safetensors.torch import load_file
 
 import eval as evaluation
@@ -51,7 +51,7 @@ def test_slices_are_contiguous_and_cover_the_batch():
     assert own_parts([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, plain, capsys):
     shutil.copytree(plain(method), "run")
     assert {path.name for path in Path("run").iterdir()} == {
@@ -72,7 +72,7 @@ def test_a_run_leaves_the_designs_files_and_eval_repeats_its_score(method, plain
     assert_eval_repeats(capsys)
 
 
-@pytest.mark.parametrize("method", FEW_QUICK)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_eval_scores_and_shows_the_fine_tuned_model_not_the_base(method, items, capsys):
     train.main(["--method", method, *items, "--steps", "40", "--batch-size", "24"])
     result = result_of("run")
@@ -166,7 +166,7 @@ def test_accumulating_gives_the_whole_batchs_losses():
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("method", FEW_QUICK)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, plain, capsys):
     train.main(["--method", method, "--dtype", "bf16", "--out", "run", *SHORT])
     losses = [[json.loads(line)["loss"] for line in open(folder / "log.jsonl")]
@@ -186,7 +186,7 @@ def test_the_base_is_held_in_the_dtype_that_was_asked_for(monkeypatch):
     assert seen == [torch.bfloat16, torch.float32, torch.float32]
 
 
-@pytest.mark.parametrize("method", FEW_QUICK)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_checkpointing_changes_no_gradient(method):
     flags = ["--method", method, *SHORT, *([] if method == "full" else ["--dropout", "0.1"])]
     for out, more in (("kept", []), ("again", ["--grad-checkpointing"])):
@@ -266,7 +266,8 @@ def test_training_goes_on_from_adapters_that_peft_saved(method, base, capsys):
     Path("run/result.json").unlink()
     export_peft(model, "theirs")                            # others than the run began with
     assert "not what the run began with: adapters" in refused(capsys, "--resume", "--out", "run")
-    for more in (["--method", method], ["--rank", "3"], ["--targets", "q"]):
+    for more in (["--method", method], ["--rank", "3"], ["--targets", "q"], ["--dora"],
+                 ["--scaling", "rslora"], ["--ab-init", "pissa"]):
         assert f"{more[0]}: --from-peft brings its own" in refused(capsys, *flags, *more)
     assert "adapter_config.json" in refused(capsys, "--from-peft", "nowhere", *SHORT)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
-from runs import FEW_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
+from runs import ONE_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -26,7 +26,7 @@ from support.run import Run
 pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
-@pytest.mark.parametrize("method", FEW_QUICK)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch):
     flags = ["--method", method, "--save-every", "2", *SHORT]
     flags += [] if method == "full" else ["--dropout", "0.1"]
