@@ -282,8 +282,8 @@ def goals(found: dict) -> list[tuple[str, float, float]]:
             name = f"Dual LoRA, forward + backward, {width} wide, {tokens} tokens, best: / "
             lines += [(name + "full", ratio(rows, "dual", "full", "fb_best"), bar),
                       (name + "naive", ratio(rows, "dual", "dual, naive", "fb_best"), 0.75)]
-            lines += [(f"{over}, {width} wide, {tokens} tokens: / without",
-                       ratio(rows, over, over.removesuffix(" with dora")), 1.25)
+            lines += [(f"{over}, forward + backward, {width} wide, {tokens} tokens: / without",
+                       ratio(rows, over, over.removesuffix(" with dora"), "fb_best"), 1.25)
                       for over in WITH_DORA if over in rows]
     for size in dict.fromkeys(row["size"] for row in found.get("model", [])):
         rows, name = at("model", size=size), f"training step of the {size} model: "
