@@ -177,6 +177,7 @@ def test_bf16_trains_fp32_adapters_on_a_bf16_base_to_about_the_same(method, plai
     assert_eval_repeats(capsys)
 
 
+@pytest.mark.slow
 def test_the_base_is_held_in_the_dtype_that_was_asked_for(monkeypatch):
     seen, real = [], train.fit
     monkeypatch.setattr(train, "fit", lambda model, *rest: (

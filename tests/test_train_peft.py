@@ -59,7 +59,8 @@ def test_a_run_goes_on_without_the_folder_of_its_first_adapters(monkeypatch, cap
     assert "early: not what the run began with" in refused(capsys, "--resume", "--out", "early")
 
 
-@pytest.mark.parametrize("adapters", [None, [], [[]], [{"method": "magic"}], [{"targets": ["q"]}]])
+@pytest.mark.parametrize("adapters", [None, *(pytest.param(odd, marks=pytest.mark.slow) for odd in (
+    [], [[]], [{"method": "magic"}], [{"targets": ["q"]}]))])
 def test_a_config_that_lost_its_adapters_is_one_line(adapters, monkeypatch, capsys):
     adapters_of_peft("theirs")
     stop_after(3, monkeypatch, "--from-peft", "theirs", "--save-every", "2", *SHORT, "--out", "run")

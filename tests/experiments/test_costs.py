@@ -42,7 +42,10 @@ def small(monkeypatch):
     return llama("small")
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ["q", "o"], ["v", "gate"]], ids=" ".join)
+@pytest.mark.parametrize("targets", [
+    TARGETS, *(pytest.param(names, marks=pytest.mark.slow) for names in (["q", "o"],
+                                                                         ["v", "gate"]))],
+    ids=" ".join)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model(name, targets, small, monkeypatch):
     monkeypatch.setattr(contenders, "TARGETS", targets)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
-from runs import refused, result_of
+from runs import ONE_QUICK, refused, result_of
 from safetensors.torch import load_file, save_file
 
 import convert
@@ -61,7 +61,7 @@ def test_a_cast_that_overflows_is_refused_by_the_tensor_s_name():
         load_pretrained("model", torch.float16)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_weights_that_a_step_spoils_end_the_run_with_status_1_and_no_result(method, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(["--method", method, "--weight-decay", "1e300", "--warmup", "0", "--steps",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import BASE
 from encoders import encoder_of, opens, rte_folder
-from runs import ITEMS, SHORT, refused
+from runs import ITEMS, ONE_QUICK, SHORT, refused
 
 import eval as evaluation
 import train
@@ -180,7 +180,7 @@ def test_a_target_that_does_not_fit_is_an_error_before_anything_is_lost(row, ite
     assert kept == {path.name: path.read_bytes() for path in Path("run").iterdir()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ONE_QUICK)
 def test_another_model_gets_the_method_s_rate_for_large_models_and_says_so(method, capsys):
     shutil.copytree(BASE, "model")
     train.main(["--method", method, "--model", "model", "--out", "run", *SHORT[:4], "--max-eval",

@@ -53,7 +53,8 @@ def test_a_stopped_run_ends_like_one_that_was_never_stopped(method, monkeypatch)
     assert result_of("stopped")["after"] == result_of("whole")["after"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM,
+                                                                marks=pytest.mark.slow)])
 def test_a_request_to_stop_saves_after_the_step_and_says_how_to_go_on(number, monkeypatch, capsys):
     train.main(["--method", "dual", "--out", "whole", *SHORT])
     log = train.Run.log
