@@ -15,7 +15,7 @@ A step, after the optimizer's:
     2. a score for each direction                           importance, eq. 7 and 11
     3. every delta_t steps: keep the b(t) best, set the other lam to 0        budget, eq. 12
 A pruned lam still has a gradient, so a direction can come back.
-Cost: r0 (in + out + 1) parameters and two buffers of that size; 1.02 times LoRA's time a step at
+Cost: r0 (in + out + 1) parameters and two buffers of that size; 1.01 times LoRA's time a step at
 rank r, the final average, with r0 = 1.5 r (25 M parameters, CPU).
 Goes wrong: by eq. 11, a direction of steady importance scores near 0. A run too short to prune in,
 or on_step after zero_grad, is an error.

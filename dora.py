@@ -10,7 +10,7 @@ Start: dW is zero and m is ||W0||, so the first step sees exactly the pretrained
 Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW', for a row g
 of G and w of W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. Between two steps the method of dW does
 what it does.
-Cost: `out` parameters more than LoRA, and 1.07 times its time a step (25 M parameters, CPU). A
+Cost: `out` parameters more than LoRA, and 1.03 times its time a step (25 M parameters, CPU). A
 method that builds dW in every forward (support/dense.py) builds it once more, for ||W||.
 Goes wrong: if W0 is loaded after the layer is made, m still has the old W0's lengths.
 Differs: the paper takes the length of columns. Its code takes rows of (out, in), as here; alpha/r

@@ -12,7 +12,7 @@ matrices start Gaussian. To begin at W0, `warmup` is 0 in the first step. Every 
 Gradient: Sign's derivative is 0, so backward uses 1, clipping dL/dSign to [-1, 1] (section 3). An
 entry whose ReLU is 0 gives no gradient to either product.
 A step: on_step raises `warmup` to 1 over 5 steps. At 1 the random update has 1 % of W0's rms.
-Cost: LoRA's parameters and 1.25 times its time (25 M parameters, CPU). Forward and backward each
+Cost: LoRA's parameters and 1.30 times its time (25 M parameters, CPU). Forward and backward each
 build the update, 1,024 rows at a time (support/dense.py).
 Goes wrong: without on_step nothing trains; a random update large beside W0 harms (start_size).
 Differs: the paper omits the start's size, r1, r2, the warm-up's length, and C's and D's rate.

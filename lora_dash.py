@@ -16,7 +16,7 @@ are 1.5 and 2: the second is chosen.
 Start: B is zero, so the first step sees the pretrained model. c is zero when the dash begins.
 Gradient: dL/dc_i = u_i^T G v_i with G = dL/dW'. Before the dash c has none.
 A step: on_step ends the pre-launch, once, by choosing the s directions with the highest rates.
-Cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.04 times its time a step
+Cost: s trained numbers more than LoRA and s (in + out) frozen ones, 1.03 times its time a step
 (25 M parameters, CPU), and one decomposition of every adapted W0.
 Goes wrong: without on_step it stays LoRA. Dividing by sigma favours small sigmas, which may carry
 only noise; a direction of sigma 0 that moved at all comes first.
