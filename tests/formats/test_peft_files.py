@@ -334,8 +334,10 @@ def run_of(tmp_path_factory):
     @cache
     @torch.enable_grad()            # tests without gradients call this
     def run(method: str) -> Path:
-        train.main(["--method", method, "--steps", "4", "--batch-size", "4", "--max-eval", "3",
-                    "--skip-before", "--out", str(top / method)])
+        name, _, option = method.partition(" with ")
+        more = {"dora": ["--dora"], "pissa": ["--ab-init", "pissa"]}.get(option, [])
+        train.main(["--method", name, *more, "--steps", "4", "--batch-size", "4", "--max-eval",
+                    "3", "--skip-before", "--out", str(top / method)])
         return top / method
     return run
 
