@@ -8,11 +8,11 @@ from dora import MagnitudeLinear
 from methods import METHODS, contract, inject, param_groups
 
 ADAPTED = [name for name, method in METHODS.items() if method.layer is not None]
+OVER = [f"{method} with dora" for method in ADAPTED
+        if method != "lora" and not issubclass(METHODS[method].layer, MagnitudeLinear)]
 # DoRA over each method; one of them is quick.
 WITH_DORA = [name if name == "dual with dora" else pytest.param(name, marks=pytest.mark.slow)
-             for name in (f"{method} with dora" for method in ADAPTED
-                          if method != "lora" and not issubclass(METHODS[method].layer,
-                                                                 MagnitudeLinear))]
+             for name in OVER]
 EVERY = [*METHODS, *WITH_DORA]
 STEPS = 12
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ADAPTED, same, snapshot
+from nets import OVER, inject_named, same, snapshot
 from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder, EncoderConfig
@@ -21,6 +21,8 @@ FAMILIES = {"bert": replace(TINY, model_type="bert", pad=0, n_types=2), "roberta
             "deberta-v3": V3}
 TARGETS = ["q", "k", "v", "o", "up", "down"]
 STEPS = 12
+# DoRA over each method is slow; test_methods.py has a quick one.
+ALL = [*METHODS, *(pytest.param(name, marks=pytest.mark.slow) for name in OVER)]
 # v3 is the quick one: its q and k are called twice in a forward.
 families = pytest.mark.parametrize("family", [
     family if family == "deberta-v3" else pytest.param(family, marks=pytest.mark.slow)
@@ -38,8 +40,8 @@ def pretrained(family, dtype=torch.float64):
 def injected(family, method, dtype=torch.float64, **more):
     torch.manual_seed(1)
     targets = TARGETS + ["pos_q", "pos_k"] * (family == "deberta")
-    return inject(pretrained(family, dtype), method, targets,
-                  **dict(rank=2, alpha=4, whole=["head"]) | more)
+    return inject_named(pretrained(family, dtype), method, targets,
+                        **dict(rank=2, alpha=4, whole=["head"]) | more)
 
 
 def texts(n=6, T=9):
@@ -66,7 +68,7 @@ def train(model, steps=STEPS):
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @families
 def test_it_starts_at_the_pretrained_model_and_trains_adapters_and_head_alone(family, method):
     tokens, mask, _ = texts()
@@ -86,7 +88,7 @@ def test_it_starts_at_the_pretrained_model_and_trains_adapters_and_head_alone(fa
     assert numbers["trainable"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.parametrize("method", ADAPTED)
+@pytest.mark.parametrize("method", ALL[1:])
 @families
 def test_merging_keeps_the_output_and_unmerging_gives_back_the_bits(family, method):
     tokens, mask, _ = texts()
@@ -103,7 +105,7 @@ def test_merging_keeps_the_output_and_unmerging_gives_back_the_bits(family, meth
     assert torch.equal(plain(tokens, mask), model(tokens, mask))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @families
 def test_a_saved_model_comes_back_head_included(family, method, tmp_path):
     tokens, mask, _ = texts()
@@ -114,7 +116,7 @@ def test_a_saved_model_comes_back_head_included(family, method, tmp_path):
     assert not torch.equal(again.head.out.weight, pretrained(family).head.out.weight)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @families
 def test_evaluation_changes_no_state_and_equal_seeds_give_equal_runs(family, method):
     tokens, mask, _ = texts()
@@ -126,7 +128,7 @@ def test_evaluation_changes_no_state_and_equal_seeds_give_equal_runs(family, met
     assert same(snapshot(one), start)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ALL)
 @families
 def test_micro_batches_and_checkpointing_give_the_same_gradients(family, method):
     model = train(injected(family, method), 3)
@@ -146,7 +148,7 @@ def test_micro_batches_and_checkpointing_give_the_same_gradients(family, method)
     assert torch.equal(out, model(tokens, mask))
 
 
-@pytest.mark.parametrize("method", ADAPTED)
+@pytest.mark.parametrize("method", ALL[1:])
 @families
 def test_adapters_stay_float32_on_a_bf16_encoder_and_train_with_autocast(family, method):
     model = injected(family, method, torch.bfloat16, whole=())
@@ -158,12 +160,12 @@ def test_adapters_stay_float32_on_a_bf16_encoder_and_train_with_autocast(family,
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("method", ADAPTED)
+@pytest.mark.parametrize("method", ALL[1:])
 @families
 def test_nothing_of_a_weight_s_size_is_kept_but_the_weights(family, method):
     """As on a decoder: a base that is dequantised must not be held for backward."""
     config = replace(FAMILIES[family], d_model=64, d_ff=64, n_heads=2)
-    model = inject(Encoder(config).init_weights().add_head(2), method, ["q", "k"], rank=2)
+    model = inject_named(Encoder(config).init_weights().add_head(2), method, ["q", "k"], rank=2)
     own, large = {p.data_ptr() for p in model.parameters()}, set()
 
     def pack(tensor):

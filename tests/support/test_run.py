@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
-from runs import ONE_QUICK, ITEMS, SHORT, assert_eval_repeats, refused, result_of
+from runs import ITEMS, ONE_QUICK, SHORT, assert_eval_repeats, refused, result_of
 from safetensors.torch import load_file, save_file
 
 import convert
