@@ -59,8 +59,8 @@ METHODS = {
     "adalora": Method(AdaLoRALinear, 2e-2, 1e-3),
     "dash": Method(LoRADashLinear, 1e-2, 2e-4, "the paper's"),
     "dual": Method(DualLoRALinear, 1.4e-2, 2e-3),
-    "loha": Method(LoHaLinear, 1.4e-2, 2e-3),
-    "hira": Method(HiRALinear, 5e-2, 2e-3),
+    "loha": Method(LoHaLinear, 1.4e-2, 4e-3),
+    "hira": Method(HiRALinear, 5e-2, 4e-3),
 }
 LISTED = dict(METHODS)
 

@@ -8,8 +8,7 @@ from nets import OVER, inject_named, same, snapshot
 from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder, EncoderConfig
-from methods import (METHODS, adapters, contract, count, inject, load, merge, param_groups, save,
-                     unmerge)
+from methods import METHODS, adapters, contract, count, load, merge, param_groups, save, unmerge
 
 TINY = EncoderConfig(vocab_size=20, d_model=8, n_layers=2, n_heads=2, d_ff=12, max_positions=30,
                      dropout=0.0, attention_dropout=0.0, head_dropout=0.0)
