@@ -6,7 +6,7 @@ W0 (out, in) is the pretrained weight, frozen. dW is alpha/r B A, LoRA's update,
 other method (dora_over). m (out,) is `magnitude`. ||W|| (out,) is the length of each row of W.
 Idea: full fine-tuning changes the length and the direction of each row separately, so each gets
 parameters of its own.
-Start: dW is zero and m is ||W0||, so the first step sees exactly the pretrained model.
+Start: dW is zero and m is ||W0||, so the first step sees the pretrained model, up to rounding.
 Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW', for a row g
 of G and w of W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. Between two steps the method of dW does
 what it does.

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from support.errors import UserError, check_whole
-from support.products import best_factors, full_precision, rebuilt
+from support.errors import UserError, check_whole, refuse_not_finite
+from support.products import best_factors, full_precision, rebuilt, values_follow
 
 
 class AdapterLinear(nn.Module):
@@ -193,10 +193,11 @@ class LoRALinear(AdapterLinear):
         Meng et al. (2024, arXiv:2404.02948, section 3) subtract scale B0 A0 from the stored weight,
         which rounds it. The gradients are the same.
         By hand: W0 = [12, 0; 0, 1], r = 1, scale 3: A = [2, 0], B = [2; 0].
-        Raises UserError if r is above W0's smaller side.
+        Raises UserError if r is above W0's smaller side, or W0 is not finite.
         """
         check_whole("rank, for ab_init pissa,", self.rank, 1, min(self.W0.shape))
-        if not self.W0.is_meta:                                   # no numbers, no singular values
+        if not self.W0.is_meta and not values_follow():           # else the SVD is for nothing
+            refuse_not_finite(self.W0, "W0, for ab_init pissa,")
             A, B = best_factors(self.W0.to(self.A.dtype) / self.scale, self.rank)
             self.A.copy_(A)
             self.B.copy_(B)

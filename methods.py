@@ -27,6 +27,7 @@ from lora import AdapterLinear, LoRALinear
 from lora_dash import LoRADashLinear
 from support.errors import UserError, refuse_not_finite
 from support.files import atomic_write, open_regular
+from support.products import values_from_file
 from support.targets import (find_layers, find_whole, linear_layers, listed, modules_named, of_each,
                              own_targets)
 
@@ -100,6 +101,8 @@ def inject(model: nn.Module, method: str, targets: Iterable[str] = (),
     _refuse_injected(model)
     if method not in METHODS:
         raise UserError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
+    if not isinstance(dora, bool):
+        raise UserError(f"dora must be True or False, not {dora!r}")
     method, dora = settled(method, dora)
     layer, options = METHODS[method].layer, METHODS[method].options
     layer = dora_over(layer) if dora else layer
@@ -293,7 +296,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         with safe_open(path, "pt") as file:
             if "adapter" not in (file.metadata() or {}):
                 raise UserError("its metadata has no key `adapter`: not written by this program")
-            inject(model, **json.loads(file.metadata()["adapter"]))
+            with values_from_file():
+                inject(model, **json.loads(file.metadata()["adapter"]))
             tensors = state(model)
             expected = {name: list(tensor.shape) for name, tensor in tensors.items()}
             found = {name: file.get_slice(name).get_shape() for name in file.keys()}

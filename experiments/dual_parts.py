@@ -23,6 +23,8 @@ from support.run import ROOT
 
 class DualPartsLinear(DualLoRALinear):
     """W' = W0 + warmup * scale * f(B A) (.) g(D C): f is ReLU or nothing, g is Sign or nothing."""
+    options = {name: option for name, option in DualLoRALinear.options.items() if name != "clip"}
+    clip = False                        # there is no Sign whose gradient could be clipped
     has_relu, has_sign = False, False
 
     def delta_weight(self, rows=slice(None)):
@@ -40,15 +42,15 @@ class DualPartsLinear(DualLoRALinear):
         c has sqrt(r1 / 2) with ReLU, else sqrt(r1). Without Sign it has sqrt(r2) too, and n is 4.
         """
         std, share = super().start_size()
-        dual = self.scale * math.sqrt(self.r1 / 2) * std ** 2              # rms(dW) of Dual LoRA
-        c = self.scale * math.sqrt(self.r1 / (2 if self.has_relu else 1))
-        c, n = (c, 2) if self.has_sign else (c * math.sqrt(self.r2), 4)
+        more = math.sqrt(1 if self.has_relu else 2)         # c of this update / c of Dual LoRA's
+        more, n = (more, 2) if self.has_sign else (more * math.sqrt(self.r2), 4)
         if self.init_std is not None:
-            return std, share * c * std ** n / dual
-        return (dual / c) ** (1 / n), share
+            return std, share * more * std ** (n - 2)
+        return (std ** 2 / more) ** (1 / n), share
 
 
 class NoReLULinear(DualPartsLinear):
+    options = DualLoRALinear.options
     has_sign = True
 
 
@@ -73,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     program = ["-m", "experiments.dual_parts", "train"]
     if command == "ablate":
         run_sweep(rest, __doc__, [sys.executable, *program])
+    elif command in ("-h", "--help"):
+        print(__doc__)
     elif command == "train":
         sys.argv = [" ".join(program), *rest]
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")

@@ -69,7 +69,7 @@ def parse_sweep(argv: list[str] | None, doc: str = "") -> Namespace:
     for name, plural in VARIED.items():
         if name in given.given:
             raise UserError(f"--{name}: give --{plural}, comma-separated")
-    args.model, args.task = given.model, given.task
+    args.task, args.rank = given.task, given.rank
     if given.recipe is not None and args.ranks is None:
         args.ranks = str(recipe(given.recipe, given.task)["rank"])
     args.vary = [varied(text, given) for text in args.vary]
@@ -130,7 +130,7 @@ def settings(args: Namespace) -> list[Setting]:
         combinations = [default] + [default[:i] + [value] + default[i + 1:]
                                     for i, (_, listed) in enumerate(args.vary) for value in listed]
     found = {}
-    for method, rank, combination in product(args.methods, args.ranks or ["8"], combinations):
+    for method, rank, combination in product(args.methods, args.ranks or [str(args.rank)], combinations):
         unused = train_flags.unused_flags(method)
         own = tuple((name, None if name in unused else value)
                     for (name, _), value in zip(args.vary, combination))
@@ -138,10 +138,20 @@ def settings(args: Namespace) -> list[Setting]:
     return list(found)
 
 
-def rates(method: str, model: str, lrs: list[str]) -> list[str]:
-    """Turns each xN into N times the method's own learning rate on that model."""
-    own, found = train_flags.default_lr(method, model), {}
-    for lr in lrs:
+def flags_of(setting: Setting, args: Namespace) -> list[str]:
+    """Returns the flags of train.py that make a setting, and those of all runs."""
+    own = {"method": setting.method, "rank": setting.rank}
+    flags = [part for name, value in own.items() if value is not None
+             for part in (f"--{name}", value)]
+    return [*flags, *(typed(name, value) for name, value in setting.varied if value is not None),
+            *args.passed_on]
+
+
+def rates(setting: Setting, args: Namespace) -> list[str]:
+    """Turns each xN into N times the learning rate that train.py takes for the setting."""
+    given = train_flags.parse_flags(flags_of(setting, args))
+    own, found = train_flags.default_lr(given.method, given.model), {}
+    for lr in args.lrs:
         try:
             rate = own * float(lr[1:]) if lr[0] == "x" else float(lr)
             found[f"{rate:g}"] = None       # one name a rate: 0.01 and 1e-2 are the same run
@@ -161,17 +171,11 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace) -> Trial:
     Raises UserError if train.py would refuse the flags before it loads model and data, if the run
     in the folder has other flags, or if its result is damaged.
     """
-    own = {"method": setting.method, "rank": setting.rank, "lr": lr, "seed": seed}
-    flags = [part for name, value in own.items() if value is not None
-             for part in (f"--{name}", value)]
-    marks = [setting.method, *([f"r{setting.rank}"] if setting.rank else [])]
-    for name, value in setting.varied:
-        if value is not None:
-            flags.append(typed(name, value))
-            marks.append(f"{name}{value}")
+    marks = [setting.method, *([f"r{setting.rank}"] if setting.rank else []),
+             *(f"{name}{value}" for name, value in setting.varied if value is not None)]
     name = "-".join([args.task, *marks, f"lr{lr}", f"s{seed}"]).replace("/", "_")
     folder = Path(args.out, name)
-    flags += [*args.passed_on, "--out", str(folder), "--resume"]
+    flags = [*flags_of(setting, args), "--lr", lr, "--seed", seed, "--out", str(folder), "--resume"]
     given = train_flags.parse_flags(flags)
     train_flags.check_flags(given)
     if visible(folder):
@@ -183,6 +187,4 @@ def trial(setting: Setting, lr: str, seed: str, args: Namespace) -> Trial:
 def search_of(args: Namespace) -> list[Trial]:
     """Lists the runs of every setting with every learning rate and the search's seeds."""
     return [trial(setting, lr, seed, args) for setting in settings(args)
-            for lr in rates(setting.method, dict(setting.varied).get("model") or args.model,
-                            args.lrs)
-            for seed in args.search_seeds]
+            for lr in rates(setting, args) for seed in args.search_seeds]

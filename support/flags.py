@@ -33,7 +33,10 @@ OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
 
 
 def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
-    """Reads the flags; raises UserError if one is unknown or cannot be read."""
+    """Reads the flags; raises UserError if one is unknown or cannot be read.
+
+    `lora --dora` is read as `dora`.
+    """
     parser = Parser(doc)
     what = parser.add_argument_group("model and data")
     what.add_argument("--method", help=f"train by this method: {', '.join(METHODS)}")
@@ -131,6 +134,10 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
             setattr(args, name, os.path.abspath(getattr(args, name)))   # found from any folder
+    if args.dora and args.method in METHODS:
+        args.method, args.dora = settled(args.method, args.dora)
+        if not args.dora:
+            args.given.discard("dora")      # `lora --dora` is `dora`, which has no such flag
     return args
 
 
@@ -160,10 +167,6 @@ def check_flags(args: Namespace) -> None:
         raise UserError(f"--method is missing; known: {', '.join(METHODS)}")
     if args.method not in METHODS:
         raise UserError(f"--method {args.method}: unknown{nearest(args.method, METHODS)}")
-    if args.dora:
-        args.method, args.dora = settled(args.method, args.dora)
-        if not args.dora:
-            args.given.discard("dora")      # `lora --dora` is `dora`, which has no such flag
     for name in unused_flags(args.method):
         if name in args.given:
             raise UserError(f"{flag(name)}: method {args.method} does not use it")
@@ -225,8 +228,8 @@ def default_lr(method: str, model: str) -> float:
 def adapt(model, args: Namespace) -> list:
     """Puts the head and the adapters that the flags ask for into the model.
 
-    Returns model.injected and a fingerprint of both, for config.json. Raises UserError if model and
-    flags do not go together.
+    Returns what record() does, for config.json. Raises UserError if model and flags do not go
+    together.
     """
     whole = give_head(model, args.task, args.head)
     set_dropout(model, args)
@@ -244,7 +247,16 @@ def adapt(model, args: Namespace) -> list:
         alpha = 2.0 * args.rank if args.alpha is None else args.alpha
         inject(model, args.method, args.targets, args.rank, alpha, args.dropout, whole,
                bool(args.dora), **options)
-    return [model.injected, fingerprint(state(model), torch.float32)]
+    return record(model, args)
+
+
+def record(model, args: Namespace) -> list:
+    """Returns model.injected, and a fingerprint of what --from-peft brought, else None.
+
+    What a method draws or computes may differ in its last bits on another machine.
+    """
+    read = args.from_peft is not None
+    return [model.injected, fingerprint(state(model), torch.float32) if read else None]
 
 
 def import_with_head(model, args: Namespace, options: dict) -> None:
@@ -272,7 +284,7 @@ def adapt_again(model, args: Namespace, options: dict) -> list:
         except UserError as error:
             raise UserError(f"{args.out}: has no checkpoint yet, so it needs --from-peft again: "
                             f"{error}") from None
-        return [model.injected, fingerprint(state(model), torch.float32)]
+        return record(model, args)
     began = read_config(args.out).get("adapters")
     try:
         inject(model, **began[0])

@@ -38,6 +38,25 @@ def rebuilt(x, weight: Callable, blocks: Iterable[slice] = (slice(None),), bias=
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+_from_file = False
+
+
+@contextlib.contextmanager
+def values_from_file():
+    """Tells the layers that are made inside the block that a file brings their values."""
+    global _from_file
+    _from_file = True
+    try:
+        yield
+    finally:
+        _from_file = False
+
+
+def values_follow() -> bool:
+    """Says whether a layer can leave out its own start, since a file brings its values."""
+    return _from_file
+
+
 def best_factors(W, rank: int):
     """Returns A (rank, in) and B (out, rank): B A is the nearest to W (out, in) of that rank.
 

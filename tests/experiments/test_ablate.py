@@ -45,8 +45,8 @@ def test_the_grid_is_every_combination_once(capsys):
     lines = listed(capsys, "--methods", "lora,full", "--ranks", "2,8", "--lrs", "1e-3,1e-2",
                    "--seeds", "0,1", "--task", "mini", *SHORT)
     assert len(lines) == 2 * 2 * 2 + 2 * 2                      # full has no rank
-    assert lines[0] == ["--method", "lora", "--rank", "2", "--lr", "0.001", "--seed", "0", "--task",
-                        "mini", *SHORT, "--out", "runs/sweep/mini-lora-r2-lr0.001-s0", "--resume"]
+    assert lines[0] == ["--method", "lora", "--rank", "2", "--task", "mini", *SHORT, "--lr", "0.001",
+                        "--seed", "0", "--out", "runs/sweep/mini-lora-r2-lr0.001-s0", "--resume"]
     assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 
@@ -87,6 +87,8 @@ def test_a_sweep_goes_over_methods_with_and_without_dora(capsys):
     told = [(value_of(line, "--method"), "--dora" in line) for line in lines]
     assert told == [("lora", False), ("lora", True), ("dora", False), ("loha", False),
                     ("loha", True), ("full", False)]
+    rates = [value_of(line, "--lr") for line in lines]
+    assert rates[0] != rates[1] == rates[2]             # lora with dora takes dora's own rate
     assert len({value_of(line, "--out") for line in lines}) == len(lines)
 
 

@@ -10,6 +10,7 @@ from experiments import dual_parts
 from experiments.dual_parts import PARTS, DualPartsLinear, add_parts
 from loha import LoHaLinear
 from methods import METHODS, inject
+from support.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +70,22 @@ def test_it_starts_at_the_pretrained_model_and_learns(method):
 
 def test_a_command_that_it_does_not_have_is_refused(capsys):
     assert "give train or ablate" in refused(capsys, "other", main=dual_parts.main)
+
+
+def test_help_says_what_there_is(capsys):
+    dual_parts.main(["--help"])
+    assert "dual-neither" in capsys.readouterr().out
+
+
+def test_without_sign_there_is_nothing_to_clip():
+    assert "clip" in PARTS["dual-no-relu"].options
+    for name in ("dual-no-sign", "dual-neither"):
+        with pytest.raises(UserError, match="no option clip"):
+            inject(net(), name, ["q"], rank=4, clip=False)
+
+
+def test_a_start_too_small_for_float32_is_no_division_by_zero():
+    assert layer_of(PARTS["dual-no-sign"], init_std=1e-200).start_share == 0
 
 
 @pytest.mark.slow

@@ -224,3 +224,8 @@ def test_a_ratio_that_nothing_would_use_is_refused():
         param_groups(injected("full"), 0.01, lr_ratio=4)
     with pytest.raises(UserError, match="lr_ratio"):
         param_groups(injected("adalora"), 0.01, lr_ratio=4)
+
+
+def test_a_magnitude_is_asked_for_by_true_or_false():
+    with pytest.raises(UserError, match="dora must be True or False, not 'no'"):
+        inject(net(), "lora", ["q"], dora="no")

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -7,6 +8,7 @@ from parity import gradients
 from torch import nn
 
 from lora import AdapterLinear, LoRALinear
+from methods import inject, load, save, state
 from support.errors import UserError
 
 
@@ -144,6 +146,22 @@ def test_pissa_s_frozen_copies_are_saved_and_are_no_parameters():
     assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"A", "B"}
     assert {"A0", "B0"} <= layer.state_dict().keys()
     assert "A0" not in LoRALinear(nn.Linear(5, 4), 3, 6).state_dict()
+
+
+def test_pissa_refuses_a_weight_that_is_not_finite_by_name():
+    model = nn.Sequential(nn.Linear(5, 4))
+    model[0].weight.data[1, 2] = math.nan
+    with pytest.raises(UserError, match="0: W0, .*NaN"):
+        inject(model, "lora", ["0"], rank=2, ab_init="pissa")
+
+
+def test_loading_pissa_computes_no_singular_values(monkeypatch, tmp_path):
+    model = inject(nn.Sequential(nn.Linear(5, 4)), "lora", ["0"], rank=2, ab_init="pissa")
+    base = copy.deepcopy(model[0].base)
+    save(model, tmp_path / "adapter.safetensors")
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    loaded = load(nn.Sequential(base), tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(state(loaded).values(), state(model).values()))
 
 
 def test_pissa_needs_as_many_singular_values_as_its_rank():

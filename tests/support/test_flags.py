@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from conftest import BASE
 from encoders import encoder_of, opens, rte_folder
-from runs import ITEMS, ONE_QUICK, SHORT, refused
+from runs import ITEMS, ONE_QUICK, SHORT, refused, result_of
 
 import eval as evaluation
+import lora
 import train
 from data import TASKS, recipes
 from data.text import Text
@@ -82,6 +83,30 @@ def test_a_resumed_run_keeps_its_magnitude(capsys):
     assert "dora" in refused(capsys, *flags, "run", "--no-dora", "--resume")
     train.main([*flags, "plain"])
     assert "dora" in refused(capsys, *flags, "plain", "--dora", "--resume")
+
+
+def test_lora_with_a_magnitude_can_be_given_again(capsys):
+    command = ["--method", "lora", "--dora", "--skip-before", *SHORT, "--out", "run"]
+    train.main([*command, "--resume"])
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command, "--resume"])
+    assert stop.value.code == 0
+    Path("run/result.json").unlink()
+    train.main([*command, "--resume"])
+    assert result_of("run")["method"] == "dora"
+
+
+def test_a_run_goes_on_where_pissa_s_last_bits_are_others(monkeypatch):
+    """As with another number of threads, or on another machine: singular vectors may turn."""
+    command = ["--method", "lora", "--ab-init", "pissa", "--skip-before", *SHORT, "--out", "run",
+               "--save-every", "1"]
+    train.main(command)
+    result = result_of("run")
+    Path("run/result.json").unlink()
+    factors = lora.best_factors
+    monkeypatch.setattr(lora, "best_factors", lambda *args: [-part for part in factors(*args)])
+    train.main([*command, "--resume"])
+    assert result_of("run")["after"] == result["after"]
 
 
 RTE = ["--method", "adalora", "--task", "glue/rte", "--data-dir", "."]
