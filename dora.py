@@ -10,8 +10,9 @@ Start: dW is zero and m is ||W0||, so the first step sees the pretrained model, 
 Gradient: ||W|| counts as a constant (section 4.3), which saves memory. With G = dL/dW', for a row g
 of G and w of W: dL/dm = g.w / ||w||, dL/dw = m/||w|| g. Between two steps the method of dW does
 what it does.
-Cost: `out` parameters more than LoRA, and 1.03 times its time a step (25 M parameters, CPU). A
-method that builds dW in every forward (support/dense.py) builds it once more, for ||W||.
+Cost: `out` parameters more than LoRA, and 1.03 times its time a step (25 M parameters, CPU). Over
+another method, each forward builds W0 + dW without gradient, for ||W||: in blocks of rows where dW
+comes in blocks (support/dense.py), whole for AdaLoRA, LoRA-Dash and PiSSA.
 Goes wrong: if W0 is loaded after the layer is made, m still has the old W0's lengths.
 Differs: the paper takes the length of columns. Its code takes rows of (out, in), as here; alpha/r
 is the code's too.

@@ -38,6 +38,25 @@ def test_each_computes_what_its_name_says():
         assert torch.equal(layer.delta_weight(slice(1, 3)), layer.delta_weight()[1:3])
 
 
+@pytest.mark.parametrize("clip", [True, False])
+def test_without_relu_the_gradient_goes_straight_through_sign(clip):
+    layer = layer_of(PARTS["dual-no-relu"], clip=clip)
+    G, dW = 3000 * torch.randn(6, 6, dtype=torch.float64), layer.delta_weight()
+    (dW * G).sum().backward()
+    magnitude = layer.scale * layer.B @ layer.A
+    through = G * magnitude                             # dL/dSign
+    assert (through.abs() > 1).any()
+    through = through.clamp(-1, 1) if clip else through
+    assert torch.allclose(layer.D.grad, through @ layer.C.T)
+    assert torch.allclose(layer.C.grad, layer.D.T @ through)
+
+
+def test_they_take_dual_lora_s_rates():
+    for name in PARTS:
+        assert (METHODS[name].lr, METHODS[name].large_lr) == (METHODS["dual"].lr,
+                                                              METHODS["dual"].large_lr)
+
+
 @pytest.mark.parametrize("kind", [DualLoRALinear, *PARTS.values()])
 @pytest.mark.parametrize("own, share", [({}, 0.01), (dict(init_share=0.03), 0.03),
                                         (dict(init_std=0.2, r1=3), None)])

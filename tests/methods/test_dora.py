@@ -86,6 +86,16 @@ def test_the_full_gradient_equals_finite_differences():
     assert torch.autograd.gradcheck(of, (x, layer.A, layer.B, layer.magnitude))
 
 
+def test_the_full_gradient_keeps_no_graph_where_none_is_wanted():
+    layer, lengths = dora(5, 6, norm_gradient=True), []
+    squared_norm = layer.squared_norm
+    layer.squared_norm = lambda: lengths.append(squared_norm()) or lengths[-1]
+    with torch.no_grad():
+        layer(torch.randn(3, 5))
+    layer(torch.randn(3, 5))
+    assert [squared.requires_grad for squared in lengths] == [False, True]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_magnitude_starts_at_the_row_lengths_of_the_weights_that_are_loaded(dtype):
     base = nn.Linear(300, 20, dtype=dtype)

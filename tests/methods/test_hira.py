@@ -5,6 +5,7 @@ from parity import assert_follows, gradients
 from torch import nn
 
 from hira import HiRALinear
+from lora import LoRALinear
 
 
 def test_a_hand_worked_2x2_layer_gives_these_numbers():
@@ -48,3 +49,11 @@ def test_it_trains_as_peft_does_in_float64(dropout):
                              init_weights=False)
     for _ in parity.trains_as_peft_does(config, parity.HIRA, "hira", rank=3, dropout=dropout):
         pass
+
+
+def test_it_starts_as_lora_does():
+    torch.manual_seed(3)
+    layer = HiRALinear(nn.Linear(25, 6), 4, 8)
+    torch.manual_seed(3)
+    lora = LoRALinear(nn.Linear(25, 6), 4, 8)
+    assert torch.equal(layer.A, lora.A) and not layer.B.any()

@@ -78,8 +78,9 @@ def test_in_the_dash_it_is_a_lora_of_rank_r_plus_s():
 
 
 @pytest.mark.parametrize("shape", [(11, 17), (17, 11)])
-def test_change_rates_and_directions_follow_their_definition(shape):
-    layer = dash(*shape, dtype=torch.float64, dashing=False, directions=4)
+@pytest.mark.parametrize("ab_init", ["kaiming", "pissa"])
+def test_change_rates_and_directions_follow_their_definition(shape, ab_init):
+    layer = dash(*shape, dtype=torch.float64, dashing=False, directions=4, ab_init=ab_init)
     dW = layer.delta_weight()
     U, sigma, Vt = torch.linalg.svd(layer.base.weight)
     rates = torch.stack([(U[:, i] @ dW @ Vt[i]).abs() / sigma[i] for i in range(11)])
