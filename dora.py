@@ -108,7 +108,7 @@ def dora_over(layer: type[AdapterLinear]) -> type[MagnitudeLinear]:
     if layer is LoRALinear:
         return DoRALinear
     return type(f"DoRA{layer.__name__}", (MagnitudeLinear, layer),
-                {"__doc__": layer.__doc__,
+                {"__doc__": f"W' = magnitude * W / ||W||, W = W0 + the update of {layer.__name__}.",
                  "__reduce__": lambda self: (blank, (layer,), self.__dict__)})
 
 

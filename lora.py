@@ -147,7 +147,7 @@ class LoRALinear(AdapterLinear):
     For ab_init "pissa" see start_at_pissa().
     """
     options = {
-        "scaling": ("lora", "scale the update by alpha / r; rslora: by alpha / sqrt(r)",
+        "scaling": ("lora", "scale by alpha / r (lora) or alpha / sqrt(r) (rslora)",
                     ("lora", "rslora")),
         "ab_init": ("kaiming", "start A at random and B at 0; pissa: both at W0's largest singular "
                     "values", ("kaiming", "pissa"))}
@@ -189,7 +189,7 @@ class LoRALinear(AdapterLinear):
 
         They hold most of W0, so that training begins with its main directions. A0 and B0 are
         frozen copies, so W' begins at W0. scale B A is W0's nearest matrix of rank r.
-        Cost: two thin products and two matrices more.
+        Cost: one SVD of W0; then two thin products and two matrices more.
         Meng et al. (2024, arXiv:2404.02948, section 3) subtract scale B0 A0 from the stored weight,
         which rounds it. The gradients are the same.
         By hand: W0 = [12, 0; 0, 1], r = 1, scale 3: A = [2, 0], B = [2; 0].

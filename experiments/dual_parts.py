@@ -5,8 +5,9 @@
     dual-no-relu   W' = W0 + warmup * s (B A) (.) Sign(D C)
     dual-no-sign   W' = W0 + warmup * s ReLU(B A) (.) (D C)
     dual-neither   W' = W0 + warmup * s (B A) (.) (D C)
-All else is Dual LoRA's: the warm-up, the share of W0 that the update has at its end, the learning
-rate of C and D. The clip of the gradient through Sign is an option of `dual` itself, --no-clip.
+All else is Dual LoRA's: the warm-up, the share of W0 that the untrained update has after it, the
+learning rate of C and D. The clip of the gradient through Sign is an option of `dual` itself,
+--no-clip.
 """
 import math
 import runpy

@@ -49,13 +49,13 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     what.add_argument("--recipe", help=f"fill in the flags that are left out as a paper has them "
                                        f"for GLUE: {', '.join(RECIPES)} (data/recipes.py)")
     what.add_argument("--from-peft", metavar="DIR", help="go on from adapters that PEFT saved, in "
-                      "a folder or on the hub, instead of --method, --rank, --alpha, --dropout, "
-                      "--targets")
+                      "a folder or on the hub, with their method, rank, alpha, dropout, targets "
+                      "and scaling")
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,
                          help="train as many parameters as LoRA of this rank; adalora: on average, "
                               "at the end (8)")
-    adapter.add_argument("--alpha", type=float, help="scale the update by this (2 x rank)")
+    adapter.add_argument("--alpha", type=float, help="scale the update by this; hira has no scale (2 x rank)")
     adapter.add_argument("--dropout", type=float, default=0.0,
                          help="set this share of the adapter's input to 0 in training (0)")
     adapter.add_argument("--targets", default=TARGETS,

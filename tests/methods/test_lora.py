@@ -113,8 +113,9 @@ def test_rslora_divides_by_the_root_of_the_rank():
     assert layer(torch.tensor([1., 1.])).tolist() == [9, -9]
 
 
-def pissa(*shape, rank=3, alpha=6, dtype=None, **kwargs):
-    return LoRALinear(nn.Linear(*shape, dtype=dtype), rank, alpha, ab_init="pissa", **kwargs)
+def pissa(*shape, rank=3, alpha=6, dtype=None, device=None, **kwargs):
+    return LoRALinear(nn.Linear(*shape, dtype=dtype, device=device), rank, alpha, ab_init="pissa",
+                      **kwargs)
 
 
 def test_pissa_on_a_hand_worked_2x2_layer_starts_at_its_largest_singular_value():
@@ -162,6 +163,11 @@ def test_loading_pissa_computes_no_singular_values(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.linalg, "svd", None)
     loaded = load(nn.Sequential(base), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(state(loaded).values(), state(model).values()))
+
+
+def test_pissa_needs_no_numbers_on_the_meta_device():
+    layer = pissa(5, 4, device="meta")
+    assert layer.A.is_meta and layer.A0.shape == (3, 5)
 
 
 def test_pissa_needs_as_many_singular_values_as_its_rank():
