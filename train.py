@@ -165,7 +165,8 @@ def prepare(args: Namespace, run: Run):
     if args.resume:
         check_same(run.folder, **began_with)
     else:
-        run.note(args=vars(args), versions=versions(), **began_with)
+        run.note(args=vars(args), versions=versions(), **began_with,
+                 start=fingerprint(state(model), torch.float32))
     counts = {**count(model), **odd, "base": began_with["base"]}
     if is_main():
         print_header(args, run, model, task, plan, counts)

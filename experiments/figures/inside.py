@@ -212,8 +212,7 @@ def start_of(run: SavedRun) -> dict[str, torch.Tensor]:
     model = deepcopy(pretrained(run))
     torch.manual_seed(run.args.seed)
     adapt(model, run.args)
-    start = [model.injected, fingerprint(state(model), torch.float32)]
-    if start != read_config(run.folder)["adapters"]:
+    if fingerprint(state(model), torch.float32) != read_config(run.folder)["start"]:
         raise Lacking(f"the start of {run.folder}, made on {run.args.device}, comes out otherwise "
                       "here")
     return state(model)
