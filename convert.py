@@ -1,7 +1,7 @@
 """Writes a run's adapters for other programs, and merges adapters of PEFT into their model.
 
     python convert.py --run runs/NAME --to DIR        # a run's model, merged, for transformers
-    python convert.py --run runs/NAME --peft DIR      # its adapters, for PEFT
+    python convert.py --run runs/NAME --peft DIR      # its adapters, for PEFT or diffusers
     python convert.py --from-peft DIR --model PATH --to DIR2      # PEFT's adapters, merged
 To train on from PEFT's adapters: python train.py --from-peft DIR --model PATH.
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.to is not None:
         texts = texts_of(run.model)
         save_pretrained(merge(model), target)
-        copy_texts(texts, target, model.config.eos)
+        copy_texts(texts, target, model.config)
     else:
         for path, lost in export_peft(model, target, args.rank, run.model).items():
             print(f"{path}: {100 * lost:.1f} % of the update lost at rank {args.rank}")

@@ -10,19 +10,28 @@ alone, and does not count how much runs of different seeds differ.
 """
 import json
 import math
+import re
 from argparse import Namespace
+from pathlib import Path
 
 from data import OPTIONS, TASKS, load_task, options_in
+from data.dreambooth import draw_one
+from data.sheets import save_sheet
+from data.subject import draw_four
 from data.task import BATCH_SIZE, Scores, Sequence, Setup, encode_start, sample
+from diffusion import PictureModel
 from encoder import Encoder
 from formats.checkpoint import MAX_LENGTH, open_model
+from formats.sdxl import SDXL
 from generate import generate
-from support.errors import NotFinite, UserError, exit_on_user_error, stop_unless_finite
+from support.errors import NotFinite, UserError, exit_on_user_error, require, stop_unless_finite
 from support.files import atomic_write, new_file
 from support.heads import give_head
 from support.parser import Parser, default_device, device, flag
 from support.processes import is_main, join_processes
 from support.run import PRECISIONS, check_base, check_same, load_adapters, read_flags, weights_dtype
+
+DRAW = {PictureModel: draw_four, SDXL: draw_one}       # how a model draws a prompt
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -76,6 +85,22 @@ def write_answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     return tokenizer.decode(generate(model, [ids], min(max_new_tokens, room))[0], special=False)
 
 
+def draw_answer(model, words, prompt: str, run: str | None) -> Path:
+    """Draws a caption before and after a run; returns the PNG file, in its folder.
+
+    Without a run the model is drawn as it is, into the present folder.
+    """
+    require("PIL")
+    draw = DRAW[type(model)]
+    rows = {"before" if run else "as it is": draw(model, words, prompt)}
+    if run:
+        load_adapters(run, model)
+        rows["after"] = draw(model, words, prompt)
+    path = Path(run or ".", re.sub(r"\W+", "-", prompt).strip("-") + ".png")
+    save_sheet(path, rows, [prompt])
+    return path
+
+
 def parse_evaluation(argv: list[str] | None) -> Namespace:
     """Reads and checks the flags; raises UserError if one is wrong or two do not go together."""
     parser = Parser(__doc__)
@@ -98,7 +123,8 @@ def parse_evaluation(argv: list[str] | None) -> Namespace:
                      help=f"examples scored at once; changes speed and memory only ({BATCH_SIZE})")
     how.add_argument("--predictions", metavar="FILE", type=new_file,
                      help="write each item with its answer and score, as JSON lines")
-    how.add_argument("--prompt", help="show the greedy answer to this text, score nothing")
+    how.add_argument("--prompt", help="show the greedy answer to this text, or pictures of it; "
+                                      "score nothing")
     how.add_argument("--max-new-tokens", type=int, default=48,
                      help="with --prompt: most tokens of the answer (48)")
     how.add_argument("--device", type=device, default=default_device(), help="cpu, cuda, cuda:1")
@@ -130,6 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer, max_length = open_model(run.model, args.device, run.max_length, dtype)
     if args.run:
         check_base(args.run, model, dtype)
+    if type(model) in DRAW and args.prompt is not None:
+        print(draw_answer(model, tokenizer, args.prompt, args.run))
+        return
     if args.prompt is not None:
         if isinstance(model, Encoder):
             raise UserError("--prompt: an encoder writes no text")

@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     run = Run()
     try:
         model, task, args, counts = prepare(args, run)
+        task.begin(model)
         before = score_before(model, task, args, run)
         fit(model, task, args, run)
         report(model, task, args, run, before, counts, began)

@@ -8,10 +8,13 @@ from argparse import BooleanOptionalAction, Namespace
 from functools import partial
 from pathlib import Path
 
-from data import commonsense, e2e, facts, glue, mini, nlu, text
+from data import commonsense, dreambooth, e2e, facts, glue, mini, nlu, subject, text
 from data.labels import uses_head
+from data.pictures import SUBJECTS
 from data.task import Setup, Task
+from diffusion import PictureConfig
 from encoder import EncoderConfig
+from formats.sdxl import SDXLConfig
 from support.errors import UserError, nearest
 from support.parser import flag
 
@@ -23,20 +26,33 @@ TASKS = {
     "e2e": e2e.load,
     "mini-e2e": e2e.load_mini,
     **{name: partial(glue.load, name) for name in glue.SETS},
+    "subject": subject.load,
+    "dreambooth": dreambooth.load,
     "text": text.load_text,
     "jsonl": text.load_jsonl,
 }
 # Tasks that can train a head for labels -> the names of its outputs.
 LABELS = {"mini-nlu": nlu.LABELS, **{name: spec.labels for name, spec in glue.SETS.items()}}
 FOLDER = Path(__file__).parent
-BASE, ENCODER = FOLDER / "base", FOLDER / "encoder"     # the pretrained models that ship
+# The pretrained models that ship.
+BASE, ENCODER, PICTURES = (FOLDER / name for name in ("base", "encoder", "pictures"))
+BASES = {"mini-nlu": ENCODER, "subject": PICTURES}      # of the tasks that start not from BASE
+ADAPTERS = {                                            # a task's own defaults
+    "subject": dict(targets="q,k,v,o", rank=4),
+    "dreambooth": dict(targets="to_q,to_k,to_v,to_out.0", rank=4)}
+DRAWERS = {             # a task that draws -> the config of its model, and where one is
+    "subject": (PictureConfig, "such as data/pictures"),
+    "dreambooth": (SDXLConfig, "a diffusers folder of SDXL, given as --model")}
 OPTIONS = {             # flag -> how argparse is to read it
     "data": dict(metavar="FILE", help="text, jsonl: read the examples from this file"),
-    "data_dir": dict(metavar="DIR", help="commonsense, e2e, glue/...: read this folder's files"),
+    "data_dir": dict(metavar="DIR", help="commonsense, e2e, glue/..., dreambooth: read this "
+                                         "folder's files"),
     "prompt_template": dict(metavar="FILE", help="commonsense, mini: put the question in place of "
                                                  "{instruction} in this text (data/prompt.txt)"),
     "rewrite_seed": dict(type=int, help="facts: draw the facts to rewrite, and their new values, "
                                         "by this seed (the run's own)"),
+    "subject": dict(metavar="TEXT", help=f"subject: learn this one of {', '.join(SUBJECTS)} (zib); "
+                                         "dreambooth: the caption of all photos"),
     "beams": dict(type=int, help="tasks that write text: search with N beams (1, greedy)"),
     "head": dict(action=BooleanOptionalAction, help="glue/..., mini-nlu: answer by a trained head, "
                                                     "not in words (on an encoder yes, else no)"),
@@ -45,7 +61,7 @@ OPTIONS = {             # flag -> how argparse is to read it
 
 def base_of(name: str) -> Path:
     """Returns the pretrained model that a task starts from, unless the user names another."""
-    return ENCODER if name == "mini-nlu" else BASE
+    return BASES.get(name, BASE)
 
 
 def options_of(name: str) -> dict:
@@ -97,6 +113,11 @@ def labels_for(name: str, head: bool | None, config) -> tuple[str, ...] | None:
     head: the value of --head. config: the model's. Raises UserError if an encoder cannot do the
     task.
     """
+    kind, where = DRAWERS.get(name, (object, ""))
+    draws = isinstance(config, PictureConfig | SDXLConfig)
+    if draws != (name in DRAWERS) or not isinstance(config, kind):
+        raise UserError(f"--task {name}: needs a model that " + (
+            f"draws pictures, {where}" if where else "reads text; this one draws pictures"))
     if uses_head(config, head):
         if name not in LABELS:
             raise UserError(f"--task {name}: an encoder writes no text; its tasks are "

@@ -90,6 +90,9 @@ class Task:
         self.train, self.valid, self.test = train, valid, test
         self.defaults, self.notes = defaults, notes or {}
 
+    def begin(self, model) -> None:
+        """Lets a task see the model as it starts, before any training."""
+
     def loss(self, model, examples: list) -> Tensor:
         """Returns the summed loss of the examples, a scalar with a gradient.
 

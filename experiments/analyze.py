@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiments.figures.directions import draw_budget, draw_directions
 from experiments.figures.inside import draw_dora, draw_signs, draw_spectra
+from experiments.figures.pictures import draw_pictures
 from experiments.figures.scores import draw_loss, draw_rates, draw_score, draw_tradeoff
 from experiments.figures.updates import draw_updates
 from experiments.learnt import Lacking, read_sweep
@@ -22,7 +23,8 @@ from support.parser import Parser
 
 FIGURES = {"updates": draw_updates, "loss": draw_loss, "score": draw_score, "rates": draw_rates,
            "tradeoff": draw_tradeoff, "spectra": draw_spectra, "dora": draw_dora,
-           "budget": draw_budget, "directions": draw_directions, "signs": draw_signs}
+           "budget": draw_budget, "directions": draw_directions, "signs": draw_signs,
+           "pictures": draw_pictures}
 
 
 @exit_on_user_error

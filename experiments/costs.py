@@ -20,6 +20,9 @@ LLAMA_7B = Config(vocab_size=32000, d_model=4096, n_layers=32, n_heads=32, n_kv_
 LLAMA_70B = Config(vocab_size=32000, d_model=8192, n_layers=80, n_heads=64, n_kv_heads=8,
                    head_dim=128, d_ff=28672, max_positions=4096, tied=False)    # 2307.09288
 
+SDXL = {"unet": 2_567_463_684, "text encoders": 817_720_320, "vae": 83_653_863}     # 2307.01952
+SDXL_BLOCKS, TEXT = {640: 10, 1280: 60}, 2048    # its UNet's blocks by width; of the text
+
 
 def require_mapped(method: str) -> None:
     """Raises UserError, which names the method, if it has no formulas here."""
@@ -181,3 +184,23 @@ def memory(c: Config, method: str, targets: list[str], r: int, tokens: int,
         "activations": tokens * (inputs + max(loss, block) if checkpointing else
                                  c.n_layers * block + loss),
     }
+
+
+# ---- SDXL
+def sdxl_trainable(method: str, r: int) -> int:
+    """Counts the numbers that train on to_q, to_k, to_v and to_out.0 of SDXL's UNet.
+
+    A block attends to its own tokens, then to the text's: of eight layers two read the text.
+    """
+    return sum(n * (6 * parameters(method, C, C, r) + 2 * parameters(method, TEXT, C, r))
+               for C, n in SDXL_BLOCKS.items())
+
+
+def sdxl_memory(method: str, r: int) -> dict[str, float]:
+    """Counts the bytes of a training step with --dtype bf16, as memory() does.
+
+    The UNet and the text encoders are bf16, the VAE float32. Left out: AdaLoRA's averages,
+    LoRA-Dash's directions, and activations, which grow with the picture.
+    """
+    return {"weights": 2 * (SDXL["unet"] + SDXL["text encoders"]) + 4 * SDXL["vae"],
+            "training": 16 * sdxl_trainable(method, r)}

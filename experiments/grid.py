@@ -130,7 +130,8 @@ def settings(args: Namespace) -> list[Setting]:
         combinations = [default] + [default[:i] + [value] + default[i + 1:]
                                     for i, (_, listed) in enumerate(args.vary) for value in listed]
     found = {}
-    for method, rank, combination in product(args.methods, args.ranks or [str(args.rank)], combinations):
+    ranks = args.ranks or [str(args.rank)]
+    for method, rank, combination in product(args.methods, ranks, combinations):
         unused = train_flags.unused_flags(method)
         own = tuple((name, None if name in unused else value)
                     for (name, _), value in zip(args.vary, combination))

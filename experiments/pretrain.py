@@ -151,12 +151,12 @@ def drills(seed: int, step: int) -> list[tuple[Tensor, Tensor]]:
             rows(torch.cat([five, verdict], 2), slice(-1, None))]
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     """Rises in a straight line, then falls along half a cosine to a tenth of the peak."""
     if step < WARMUP:
-        return PEAK_LR * (step + 1) / WARMUP
+        return peak * (step + 1) / WARMUP
     share = (step - WARMUP) / max(1, steps - WARMUP)
-    return PEAK_LR * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
+    return peak * (0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2)
 
 
 def report_scores(model: Transformer, tokenizer, world: World) -> dict[str, float]:
@@ -188,13 +188,13 @@ def save_base(model: Transformer, ranks: dict[bytes, int], folder: Path) -> None
     save_ranks(ranks, folder / "base.tiktoken")
 
 
-def parse_flags(doc: str, steps: int, tokens: int, out: Path, argv: list[str] | None) -> Namespace:
+def parse_flags(doc: str, steps: int, size: str, out: Path, argv: list[str] | None) -> Namespace:
     """Reads --steps, --seed and --out. Raises UserError if a number is out of bounds."""
     parser = Parser(doc.split("\n")[0])
     parser.add_argument("--steps", type=int, default=steps,
-                        help=f"optimizer steps of {tokens:,} tokens ({steps})")
+                        help=f"optimizer steps of {size} ({steps})")
     parser.add_argument("--seed", type=int, default=0,
-                        help="seed of the initial weights and the text (0)")
+                        help="seed of the initial weights and the data (0)")
     parser.add_argument("--out", type=Path, default=out,
                         help=f"folder to write ({out.relative_to(ROOT)})")
     args = parser.parse_args(argv)
@@ -206,12 +206,14 @@ def parse_flags(doc: str, steps: int, tokens: int, out: Path, argv: list[str] | 
 
 
 def train(model: nn.Module, args: Namespace, recipe, add_gradients: Callable[[int], float],
-          report: Callable[[], dict[str, float]], keep: Callable[[], None]) -> None:
+          report: Callable[[], dict[str, float]], keep: Callable[[], None],
+          peak: float = PEAK_LR, every: int | None = None) -> None:
     """Trains the model, from its last checkpoint on if there is one, and prints its scores.
 
     recipe: all that decides the text and the model, to refuse a checkpoint of another run.
     add_gradients(step) runs backward on the step's loss, and returns the loss. keep() writes what
-    ships. Raises UserError if the checkpoint is damaged or of another run.
+    ships. peak: the highest learning rate. every: steps between checkpoints (EVERY).
+    Raises UserError if the checkpoint is damaged or of another run.
     """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01,
                                   fused=True)
@@ -242,13 +244,13 @@ def train(model: nn.Module, args: Namespace, recipe, add_gradients: Callable[[in
     for step in bar:
         loss = add_gradients(step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps)
+            group["lr"] = learning_rate(step, args.steps, peak)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
-        if (step + 1) % EVERY == 0 and step + 1 < args.steps:
+        if (step + 1) % (every or EVERY) == 0 and step + 1 < args.steps:
             tqdm.write(f"step {step + 1}  loss {loss:.3f}  " + json.dumps(
                 {name: round(share, 3) for name, share in report().items()}))
             save(step + 1)
@@ -261,7 +263,7 @@ def train(model: nn.Module, args: Namespace, recipe, add_gradients: Callable[[in
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(__doc__, 10000, TOKENS, ROOT / "data" / "base", argv)
+    args = parse_flags(__doc__, 10000, f"{TOKENS:,} tokens", ROOT / "data" / "base", argv)
     world = World()
     ranks = learn_pieces(world)
     model = Transformer(config())

@@ -272,7 +272,7 @@ def save_base(encoder: Encoder, ranks: dict[bytes, int], folder: Path) -> None:
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    args = parse_flags(__doc__, STEPS, TOKENS, ROOT / "data" / "encoder", argv)
+    args = parse_flags(__doc__, STEPS, f"{TOKENS:,} tokens", ROOT / "data" / "encoder", argv)
     world, model = World(), Pretraining(config())
     init_weights(model, args.seed)
     ranks = read_ranks(ROOT / "data" / "base" / "base.tiktoken")

@@ -20,11 +20,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from encoder import Encoder
+from diffusion import PictureConfig, PictureModel
+from encoder import Encoder, EncoderConfig
 from formats.decoders import describe_cap, one_or_all
 from formats.huggingface import (SMALL, TEXTS, by_full_name, from_file, is_conv1d, make_config_json,
                                  map_names, parse_config, read_model_config, to_file)
 from formats.json_files import read_json
+from formats.sdxl import INDEX, SDXL, load_sdxl, save_sdxl
 from formats.tensors import DTYPES, Stored, few_names
 from formats.tokenizer import load_tokenizer
 from model import Config, Transformer
@@ -34,6 +36,8 @@ from support.processes import is_main
 
 IN_TENSORS = ("n_labels", "has_pooler", "has_mlm")     # what no config.json needs to say
 MAX_LENGTH = 256        # tokens of an example, unless a command says otherwise
+AnyModel = Transformer | Encoder | PictureModel | SDXL
+MODELS = {Config: Transformer, EncoderConfig: Encoder, PictureConfig: PictureModel}
 
 
 @torch.no_grad()
@@ -46,6 +50,7 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
     A tokenizer that names none gets the first of them as its eos, which training ends a text with.
     model.also_named maps the checkpoint's names of linear layers to ours: inject() takes both as
     targets.
+    A folder with model_index.json is read by formats/sdxl.py.
     Where model.py computes shorter texts than transformers, a line on standard error says so.
     Raises UserError if a tensor is missing, left over or misshapen, or if model.py would compute
     the model in another way than transformers.
@@ -54,6 +59,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
         raise UserError(f"dtype {dtype!r} is not one of torch's {', '.join(DTYPES)}")
     folder = find_folder(path_or_repo)
     refuse_adapters(folder)
+    if (folder / INDEX).exists():
+        return load_sdxl(folder, dtype, device)
     config, named = read_model_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer is not None and isinstance(config, Config):
@@ -64,6 +71,8 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
                 say_once(f"{path_or_repo}: the tokenizer ends a text with {tokenizer.eos}, the "
                          f"model's config with {one_or_all(config.eos)}: any of them ends one here")
             config.eos.append(tokenizer.eos)
+    if isinstance(config, PictureConfig) and tokenizer is not None:
+        tokenizer.check_number(config.n_words, folder)
     tensors = by_full_name(folder, config)
     model = empty_model(config, folder, tensors)
     plan = match_tensors(model, tensors, folder)
@@ -97,9 +106,13 @@ def say_once(line: str) -> None:
 
 def linear_names(model) -> dict[str, list[str]]:
     """Maps the checkpoint's name of each linear layer but a head's to the paths of our layers."""
-    linear = {name for name, module in model.named_modules() if name.startswith("layers.")
-              and (isinstance(module, nn.Linear) or hasattr(module, "base"))}
-    full = map_names(model.config, {f"{name}.weight" for name in linear})
+    linear = {name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) or hasattr(module, "base")}
+    if isinstance(model, SDXL):
+        return {name.removeprefix("unet."): [name] for name in linear
+                if not name.endswith(".base")}
+    full = map_names(model.config, {f"{name}.weight" for name in linear
+                                    if name.startswith("layers.")})
     return {theirs.removesuffix(".weight"): [name.removesuffix(".weight") for name in ours]
             for theirs, ours in full.items()}
 
@@ -141,7 +154,7 @@ def find_folder(path_or_repo: str | Path, small: list[str] = SMALL,
         raise UserError(f"{repo}: no such folder, and not fetched from the hub: {reason}") from None
 
 
-def empty_model(config, folder: Path, tensors: dict[str, Stored]) -> Transformer | Encoder:
+def empty_model(config, folder: Path, tensors: dict[str, Stored]) -> AnyModel:
     """Builds the model without memory for its weights, on torch's "meta" device.
 
     Raises UserError if the config asks for another number of layers or for impossible sizes.
@@ -152,7 +165,7 @@ def empty_model(config, folder: Path, tensors: dict[str, Stored]) -> Transformer
                         f"{len(layers)}")
     try:
         with torch.device("meta"):
-            model = Transformer(config) if isinstance(config, Config) else Encoder(config)
+            model = MODELS[type(config)](config)
             if "score.weight" in tensors:
                 model.add_head(tensors["score.weight"].shape[0])
             return model
@@ -183,13 +196,15 @@ def match_tensors(model, tensors: dict[str, Stored],
     return plan
 
 
-def save_pretrained(model: Transformer | Encoder, path: str | Path) -> None:
+def save_pretrained(model: AnyModel, path: str | Path) -> None:
     """Writes config.json and model.safetensors, which load_pretrained and transformers read.
 
     If the positions were capped, config.json keeps the original window and
     max_position_embeddings, with which transformers computes longer texts.
     Raises UserError if the model has adapters, or if config.json cannot express its Config.
     """
+    if isinstance(model, SDXL):
+        return save_sdxl(model, Path(path))
     config, path, state = model.config, Path(path), model.state_dict()
     plan = map_names(config, set(state))
     odd = set(state) - {name for names in plan.values() for name in names}
@@ -232,15 +247,15 @@ def texts_of(source: str | Path) -> list[Path]:
     return files
 
 
-def copy_texts(files: list[Path], folder: Path, eos: list[int]) -> None:
-    """Copies the files that texts_of() lists; generation_config.json gets all of `eos`.
+def copy_texts(files: list[Path], folder: Path, config) -> None:
+    """Copies the files that texts_of() lists; generation_config.json gets all ends of the config.
 
     transformers stops at the ends in generation_config.json, or in config.json if it is not there.
     """
     for file in files:
         with atomic_write(folder / file.name) as temporary:
             if file.name == "generation_config.json":
-                raw = read_json(file) | {"eos_token_id": one_or_all(eos)}
+                raw = read_json(file) | {"eos_token_id": one_or_all(config.eos)}
                 temporary.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
             else:
                 shutil.copyfile(file, temporary)

@@ -9,27 +9,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diffusion import PictureConfig
 from encoder import EncoderConfig
-from formats import decoders, encoders
+from formats import decoders, encoders, pictures
 from formats.json_files import read_json, read_json_if_there
 from formats.tensors import DTYPES, Stored
 from model import Config
 from support.errors import UserError
 
-FAMILIES = decoders.FAMILIES | encoders.FAMILIES        # by config.json's model_type
+FAMILIES = decoders.FAMILIES | encoders.FAMILIES | pictures.FAMILIES    # by model_type
+AnyConfig = Config | EncoderConfig | PictureConfig
 # The files that tell how to write with a model; all files to fetch beside the tensors.
 TEXTS = ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "encoder.json",
-         "vocab.bpe", "tokenizer.model", "*.tiktoken", "vocab.txt", "spm.model"]
-SMALL = ["config.json", "adapter_config.json", "*.index.json", *TEXTS]
+         "vocab.bpe", "tokenizer.model", "*.tiktoken", "vocab.txt", "spm.model", "words.txt"]
+SMALL = ["config.json", "model_index.json", "adapter_config.json", "*.index.json", *TEXTS]
 
 
 def form_of(kind: str):
-    """Returns the file that knows a model_type: encoders.py or decoders.py."""
-    return encoders if kind in encoders.FAMILIES else decoders
+    """Returns the file that knows a model_type: decoders.py, encoders.py or pictures.py."""
+    return next(form for form in (decoders, encoders, pictures) if kind in form.FAMILIES)
 
 
-def read_model_config(folder: Path) -> tuple[Config | EncoderConfig, torch.dtype | None]:
+def read_model_config(folder: Path) -> tuple[AnyConfig, torch.dtype | None]:
     """Reads config.json and generation_config.json -> the config, and the dtype or None.
 
     Raises UserError, which names the file, if this model cannot be computed here.
@@ -43,13 +45,14 @@ def read_model_config(folder: Path) -> tuple[Config | EncoderConfig, torch.dtype
             raise UserError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
         path = extra                    # its eos counts: LLaMA-3 instruct ends its turns with one
         more = decoders.token_ids(generation, "eos_token_id")
-        config.eos = list(dict.fromkeys(config.eos + more))
+        if more:
+            config.eos = list(dict.fromkeys(config.eos + more))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return config, DTYPES.get(name)
 
 
-def parse_config(raw: dict) -> Config | EncoderConfig:
+def parse_config(raw: dict) -> AnyConfig:
     """Parses the contents of a config.json.
 
     Raises UserError if a value is missing or absurd, or an option is not computed here.
@@ -65,7 +68,7 @@ def make_config_json(model, dtype: torch.dtype) -> dict:
     return form_of(model.config.model_type).make_config_json(model, dtype)
 
 
-def by_full_name(folder: Path, config: Config | EncoderConfig) -> dict[str, Stored]:
+def by_full_name(folder: Path, config: AnyConfig) -> dict[str, Stored]:
     """Lists the tensors that fill the model: their names in the tables -> the tensors.
 
     Says in the config what only the tensors tell: which heads there are. Raises UserError if a
@@ -74,7 +77,7 @@ def by_full_name(folder: Path, config: Config | EncoderConfig) -> dict[str, Stor
     return form_of(config.model_type).by_full_name(folder, config)
 
 
-def map_names(config: Config | EncoderConfig, ours: set[str]) -> dict[str, list[str]]:
+def map_names(config: AnyConfig, ours: set[str]) -> dict[str, list[str]]:
     """Maps each full name in a checkpoint to the names of ours that its tensor fills.
 
     ours: the names of the model's parameters. A name of the tables that ends in .weight or .bias is
@@ -95,13 +98,13 @@ def is_conv1d(full: str) -> bool:
     return full.rpartition(".")[0].endswith(decoders.CONV1D)
 
 
-def from_file(full: str, tensor: Tensor, config: Config | EncoderConfig) -> Tensor:
+def from_file(full: str, tensor: Tensor, config: AnyConfig) -> Tensor:
     """Turns a tensor of a file into ours below each other, such as W_q, W_k, W_v: (out, in)."""
     tensor = tensor.t() if is_conv1d(full) else tensor
     return encoders.part_by_part(full, tensor, config)
 
 
-def to_file(full: str, tensor: Tensor, config: Config | EncoderConfig) -> Tensor:
+def to_file(full: str, tensor: Tensor, config: AnyConfig) -> Tensor:
     """Undoes from_file()."""
     tensor = encoders.head_by_head(full, tensor, config)
     return tensor.t() if is_conv1d(full) else tensor

@@ -9,7 +9,7 @@ module that they adapt in the Hugging Face model, after base_model.model.<module
     .hada_w2_b (r, in)   .hada_w2_a (out, r)
     .hira_A (r, in)   .hira_B (out, r)                      HiRA
 An update is lora_alpha / r * B A, with use_rslora lora_alpha / sqrt(r) * B A. LoHa's factor is
-alpha / r, HiRA's is 1. peft_files.py reads the two files.
+alpha / r, HiRA's is 1. peft_files.py reads the two files. SDXL has another, in diffusers_files.py.
 
 export_peft() writes LoHa and HiRA as such, and all else as a LoRA, with DoRA's magnitudes:
     LoRA, LoRA+         as they are; started as PiSSA a LoRA of rank 2 r: [B, -B0] [A; A0]
@@ -33,10 +33,12 @@ from torch import Tensor, nn
 
 from dora import MagnitudeLinear
 from formats.checkpoint import linear_names
+from formats.diffusers_files import LORA_FILE, to_tensors
 from formats.encoders import head_by_head, part_by_part
 from formats.huggingface import FAMILIES
 from formats.peft_files import PeftConfig, find_adapters, read_peft_config, read_tensors
 from formats.peft_heads import fit_head, parts_of, put_back, saved_modules
+from formats.sdxl import SDXL
 from formats.tensors import few_names
 from lora import LoRALinear
 from methods import adapters, inject
@@ -77,6 +79,7 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     Raises UserError if there are no adapters, the method or a layer has no form in PEFT, or the
     rank does not suit the method.
     """
+    folder = Path(folder)
     layers, config = adapters(model), model.__dict__.get("injected", {})
     method = config.get("method")
     if not layers:
@@ -86,13 +89,17 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         raise UserError(f"{folder}: {method} is not mapped to an adapter of PEFT: as_update() in "
                         "formats/peft.py would have to know it")
     kind, has_magnitude = MAPPED[method], isinstance(next(iter(layers.values())), MagnitudeLinear)
+    if isinstance(model, SDXL) and (kind != "LORA" or config.get("whole")):
+        raise UserError(f"{folder}: diffusers reads a UNet's LoRA and DoRA alone: --to writes the "
+                        "merged model")
     if has_magnitude and (method == "dual" or kind != "LORA"):
-        raise UserError(f"{folder}: PEFT has DoRA over LoRA alone, not over {method}")
+        raise UserError(f"{folder}: PEFT has DoRA over LoRA alone, not over {method}: --to writes "
+                        "the merged model")
     if kind == "LOHA" and model.config.model_type == "gpt2":
         raise UserError(f"{folder}: PEFT has no LoHa for GPT-2's layers, which are of type Conv1D")
     if (rank is not None) != (method == "dual"):
-        raise UserError("Dual LoRA's update has no low rank: give --rank, of the LoRA that is to "
-                        "stand for it" if rank is None else
+        raise UserError("Dual LoRA's update has no low rank: --to writes the merged model, --rank "
+                        "R the LoRA that is to stand for it" if rank is None else
                         f"a rank is for Dual LoRA; {method} is written as it is")
     largest = max(min(layer.W0.shape) for layer in layers.values())
     if rank is not None and not 1 <= rank <= largest:
@@ -115,6 +122,9 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
     strange = set(layers) - {path for ours in known.values() for path in ours}
     if strange:
         raise UserError(f"{folder}: no module of PEFT's for {few_names(strange)}")
+    if isinstance(model, SDXL):
+        write_tensors(to_tensors(modules), folder / LORA_FILE)
+        return errors
     if kind == "HIRA":                  # PEFT's reads no rank_pattern (0.21)
         r = max(len(update.A) for update in modules.values())
         modules = {name: Update(*of_rank(update.A, update.B, r))
@@ -125,16 +135,21 @@ def export_peft(model: nn.Module, folder: str | Path, rank: int | None = None,
         for part, name in NAMES[kind].items():
             if (tensor := getattr(update, part)) is not None:
                 name += ".weight" * (name in ("lora_A", "lora_B"))
-                tensors[f"base_model.model.{module}.{name}"] = tensor.contiguous()
-    folder = Path(folder)
-    for name, tensor in tensors.items():
-        refuse_not_finite(tensor, f"{folder}: {name}")
-    with atomic_write(folder / "adapter_model.safetensors") as path:
-        save_file(tensors, path, {"format": "pt"})
+                tensors[f"base_model.model.{module}.{name}"] = tensor
+    write_tensors(tensors, folder / "adapter_model.safetensors")
     with atomic_write(folder / "adapter_config.json") as path:
         raw = peft_config(model, modules, known, whole, base)
         path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     return errors
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Writes a file of safetensors. Raises UserError if a tensor holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        refuse_not_finite(tensor, f"{path.parent}: {name}")
+    with atomic_write(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary,
+                  {"format": "pt"})
 
 
 @torch.no_grad()
@@ -240,6 +255,9 @@ def import_peft(model: nn.Module, folder: str | Path, **own) -> nn.Module:
     """
     folder = find_adapters(folder)
     config, modules = read_peft_config(folder), linear_names(model)
+    if isinstance(model, SDXL) != (config.path.name == LORA_FILE):
+        raise UserError(f"{config.path}: SDXL's adapters are read from {LORA_FILE}, those of other "
+                        "models from PEFT's files")
     for name in own.keys() & LoRALinear.options.keys():
         raise UserError(f"{config.path}: brings its own {name}")
     found_in_file, head = read_tensors(folder, config, model)

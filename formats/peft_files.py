@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from formats.bpe import MOST_REPEATS, count_repeats
 from formats.checkpoint import find_folder, linear_names
 from formats.decoders import Family
+from formats.diffusers_files import LORA_FILE, read_config, read_layers
 from formats.huggingface import FAMILIES, map_names, to_file
 from formats.json_files import read_json
 from formats.peft_heads import SEQ_CLS, head_names
@@ -152,8 +153,9 @@ class PeftConfig:
                 not self.names("target_modules", module)):
             raise UserError(f"{where} not among the target_modules")
         layers = layers if isinstance(layers, list) else [layers]
-        number = int(re.search(r"\.(\d+)\.", f".{module}")[1])
-        if module not in targets and layers not in ([], [None]) and number not in layers:
+        number = re.search(r"\.(\d+)\.", f".{module}")
+        if module not in targets and layers not in ([], [None]) and not (
+                number and int(number[1]) in layers):
             raise UserError(f"{where} not among the layers_to_transform")
         if self.is_adalora:                     # its rank_pattern tells what was pruned
             rank = r if self.raw.get("rank_pattern") else self.number("init_r", 12)
@@ -176,6 +178,16 @@ class PeftConfig:
         return alpha / (math.sqrt(r) if self.raw.get("use_rslora") else r)
 
 
+class InferredConfig(PeftConfig):
+    """Stands for the config of a file that has none: the tensors tell all, and each scale is 1."""
+
+    def check_module(self, module: str, r: int) -> None:
+        """Accepts every module: no config excludes it."""
+
+    def scale(self, module: str, r: int) -> float:
+        return 1.0
+
+
 @cache
 def compiled(pattern: str) -> regex.Pattern:
     """Compiles a regular expression that `re` knows.
@@ -192,15 +204,25 @@ def compiled(pattern: str) -> regex.Pattern:
 def find_adapters(folder_or_repo: str | Path) -> Path:
     """Finds the folder of the adapters, or fetches owner/name from the hub, as find_folder()."""
     try:
-        return find_folder(folder_or_repo, [CONFIG], TENSORS)
+        return find_folder(folder_or_repo, [CONFIG, LORA_FILE], TENSORS)
     except UserError as error:
         raise UserError(f"no {CONFIG}: {error}") from None
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
-    """Reads adapter_config.json. Raises UserError, which names the key, if one is not read here."""
+    """Reads adapter_config.json, or what the header of diffusers' file says in its place.
+
+    Raises UserError, which names the key, if one is not read here.
+    """
     path = folder / CONFIG
-    raw = read_json(path)
+    if not path.exists() and (folder / LORA_FILE).exists():
+        path = folder / LORA_FILE
+        raw = read_config(path)
+        if raw is None:
+            has_magnitude = any(len(layer) > 2 for layer in read_layers(path).values())
+            return InferredConfig(path, {"peft_type": "LORA", "use_dora": has_magnitude})
+    else:
+        raw = read_json(path)
     if raw.get("peft_type") not in list(ENDINGS):
         raise UserError(f"{path}: peft_type {shown(raw.get('peft_type'))} is not read, only "
                         + ", ".join(ENDINGS))
@@ -228,6 +250,8 @@ def read_tensors(folder: Path, config: PeftConfig,
     equal: PEFT saves the embedding so. Raises UserError if PEFT would ignore a tensor or load it
     over the model's, if two adapt one module, or if one has no place here.
     """
+    if config.path.name == LORA_FILE:
+        return read_lora(config, model), {}
     file = next((folder / name for name in TENSORS if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder}: holds neither {' nor '.join(TENSORS)}")
@@ -259,12 +283,7 @@ def read_tensors(folder: Path, config: PeftConfig,
                             "names")
         names[module, parts[2]] = stored.name
         found.setdefault(module, Found(parts[1], {})).tensors[parts[2]] = numbers(stored)
-    for module, (_, tensors) in found.items():
-        missing = ENDINGS[config.raw["peft_type"]].keys() - {OPTIONAL} - set(tensors)
-        if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
-            raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
-    if not found:
-        raise UserError(f"{file}: holds no adapters")
+    check_complete(file, config, found)
     lost = {name for name in config.words("modules_to_save")
             if not any(ends_in(copy, [name]) for copy in copies)}
     if config.raw.get("task_type") == "SEQ_CLS" and not lost >= SEQ_CLS:
@@ -273,6 +292,31 @@ def read_tensors(folder: Path, config: PeftConfig,
         raise UserError(f"{file}: has no tensors of {config.path.name}'s modules_to_save "
                         f"{few_names(lost)}")
     return found, head
+
+
+def read_lora(config: PeftConfig, model: nn.Module) -> dict[str, Found]:
+    """Reads the tensors of diffusers' file, for the modules of linear_names().
+
+    Raises UserError if the model has no such module, or a tensor is missing.
+    """
+    file, known = config.path, linear_names(model)
+    found = {}
+    for module, tensors in read_layers(file).items():
+        if module not in known:
+            raise UserError(f"{file}: the model has no linear layer {module:.200}")
+        found[module] = Found(module, {part: numbers(stored) for part, stored in tensors.items()})
+    check_complete(file, config, found)
+    return found
+
+
+def check_complete(file: Path, config: PeftConfig, found: dict[str, Found]) -> None:
+    """Raises UserError if there is no adapter, or one lacks a matrix."""
+    for module, (_, tensors) in found.items():
+        missing = ENDINGS[config.raw["peft_type"]].keys() - {OPTIONAL} - set(tensors)
+        if missing or any(t.dim() != 2 for name, t in tensors.items() if "magn" not in name):
+            raise UserError(f"{file}: {module} has no {few_names(missing) or 'matrices'}")
+    if not found:
+        raise UserError(f"{file}: holds no adapters")
 
 
 def plain_name(name: str, family: Family) -> str:

@@ -72,13 +72,13 @@ def stored_in(path: Path) -> list[Stored]:
         raise UserError(f"{path}: cannot read its tensors: {reason}") from None
 
 
-def all_stored(folder: Path) -> list[Stored]:
-    """Lists the tensors of a folder, of safetensors if it has them.
+def all_stored(folder: Path, names=("model.safetensors", "pytorch_model.bin")) -> list[Stored]:
+    """Lists the tensors of a folder, in the first of the files with these names.
 
     A large model is cut into shards, which an index lists. Raises UserError if a file is missing
     or broken, or the index names a file outside the folder.
     """
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in names:
         if (folder / name).exists():
             return stored_in(folder / name)
         index = folder / f"{name}.index.json"
@@ -94,7 +94,7 @@ def all_stored(folder: Path) -> list[Stored]:
             if lost:
                 raise UserError(f"{index}: no shard holds {few_names(lost)}")
             return found
-    raise UserError(f"{folder}: holds neither model.safetensors nor pytorch_model.bin")
+    raise UserError(f"{folder}: holds neither {' nor '.join(names)}")
 
 
 def few_names(names) -> str:

@@ -11,6 +11,7 @@
     tokenizer.model (binary)     LLaMA-1, LLaMA-2, Mistral               sentencepiece_file.py
     spm.model                    DeBERTa-v2, DeBERTa-v3                  sentencepiece_file.py
     vocab.txt                    BERT                                    wordpiece.py
+    words.txt                    data/pictures                           pictures.py
 
 bpe.py has the algorithm on bytes, metaspace.py the one on characters. special_tokens.py has the
 tokens outside them. pairs.py says how an encoder joins two sentences.
@@ -22,18 +23,19 @@ from formats.bpe_files import (list_steps, load_ranks, load_tokenizer_json, load
 from formats.json_files import expected_layout, read_bytes
 from formats.metaspace import load_metaspace
 from formats.pairs import FAMILIES, find_family
+from formats.pictures import Words, load_words
 from formats.sentencepiece_file import load_sentencepiece, load_spm
 from formats.special_tokens import Tokenizer
 from formats.wordpiece import load_vocab_txt, load_wordpiece_json
 from support.errors import UserError
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | None:
+def load_tokenizer(folder: str | Path) -> Tokenizer | Words | None:
     """Loads the tokenizer of a checkpoint folder, or returns None if it has no tokenizer files.
 
     Takes the first of these that is there: a tokenizer.json of BPE or WordPiece, spm.model,
-    tokenizer.model, vocabulary and merges, vocab.txt, *.tiktoken. Raises UserError, which names the
-    file, if the ids would not be those of the reference.
+    tokenizer.model, vocabulary and merges, vocab.txt, words.txt, *.tiktoken. Raises UserError,
+    which names the file, if the ids would not be those of the reference.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -68,6 +70,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
             return load_vocab_merges(folder / vocab, folder / merges)
     if (folder / "vocab.txt").exists():
         return load_vocab_txt(folder / "vocab.txt")
+    if (folder / "words.txt").exists():
+        return load_words(folder / "words.txt")
     rank_files = sorted(folder.glob("*.tiktoken"))
     if len(rank_files) > 1:
         raise UserError(f"{folder}: more than one *.tiktoken file")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data import (BASE, ENCODER, LABELS, OPTIONS, TASKS, base_of, checked_options, options_in,
-                  options_of)
+from data import (ADAPTERS, BASE, ENCODER, LABELS, OPTIONS, PICTURES, TASKS, base_of,
+                  checked_options, options_in, options_of)
 from data.recipes import RECIPES, recipe
 from data.task import BATCH_SIZE
 from dora import MagnitudeLinear
@@ -26,7 +26,8 @@ from support.run import CHECKPOINT, FILES, PRECISIONS, Flags, fingerprint, read_
 TARGETS = "q,k,v,up,down"
 ADAPTER_FLAGS = ("rank", "alpha", "dropout", "targets", "dora")
 PEFTS_OWN = (*ADAPTER_FLAGS, *LoRALinear.options)           # which --from-peft brings
-ENCODER_SHARE = 0.3     # of the rates for data/base, on data/encoder: the head learns at them too
+# Shares of the rates for data/base: on data/encoder the head learns at them too.
+LR_SHARES = {BASE: 1.0, ENCODER: 0.3, PICTURES: 0.6}
 # The hyperparameters of all methods: name -> (default, help, ...), as each class declares them.
 OPTIONS_OF_METHODS = {name: option for method in METHODS.values()
                       for name, option in method.options.items()}
@@ -41,7 +42,8 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     what = parser.add_argument_group("model and data")
     what.add_argument("--method", help=f"train by this method: {', '.join(METHODS)}")
     what.add_argument("--model", help="start from this folder in Hugging Face's layout, or "
-                      "owner/name on the hub (data/base; mini-nlu: data/encoder)")
+                      "owner/name on the hub (data/base; mini-nlu: data/encoder; subject: "
+                      "data/pictures)")
     what.add_argument("--task", default="facts",
                       help=f"train on and score by this task: {', '.join(TASKS)} (facts)")
     for name, how in OPTIONS.items():
@@ -54,13 +56,15 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
     adapter = parser.add_argument_group("adapters (every method but full)")
     adapter.add_argument("--rank", type=int, default=8,
                          help="train as many parameters as LoRA of this rank; adalora: on average, "
-                              "at the end (8)")
-    adapter.add_argument("--alpha", type=float, help="scale the update by this; hira has no scale (2 x rank)")
+                              "at the end (8; subject: 4)")
+    adapter.add_argument("--alpha", type=float,
+                         help="scale the update by this; hira has no scale (2 x rank)")
     adapter.add_argument("--dropout", type=float, default=0.0,
                          help="set this share of the adapter's input to 0 in training (0)")
     adapter.add_argument("--targets", default=TARGETS,
                          help="adapt the layers whose names end so, comma-separated; PEFT's names, "
-                              f"such as q_proj and all-linear, do too ({TARGETS})")
+                              "such as q_proj and all-linear, do too "
+                              f"({TARGETS}; subject: q,k,v,o)")
     adapter.add_argument("--dora", action=BooleanOptionalAction, default=False,
                          help="put DoRA's magnitude over the method's update: W' = m W / ||W||, "
                               "W = W0 + dW (no)")
@@ -130,6 +134,9 @@ def parse_flags(argv: list[str] | None, doc: str = "") -> Namespace:
                           "given again and again: it begins the run, goes on or is done")
     args = parser.parse_args(argv)
     args.model = args.model or str(base_of(args.task))
+    for name, value in ADAPTERS.get(args.task, {}).items():
+        if name not in args.given:
+            setattr(args, name, value)
     args.targets = ",".join(name.strip() for name in args.targets.split(","))
     for name in ("model", "from_peft", "data", "data_dir", "prompt_template"):
         if getattr(args, name) and os.path.exists(getattr(args, name)):
@@ -214,15 +221,15 @@ def follow_recipe(args: Namespace) -> None:
 
 def ships(model: str) -> bool:
     """Says whether a model comes with this project."""
-    return Path(model).resolve() in (BASE, ENCODER)
+    return Path(model).resolve() in LR_SHARES
 
 
 def default_lr(method: str, model: str) -> float:
     """Returns a method's learning rate for a model, used if --lr is not given."""
     chosen = METHODS[method]
-    if Path(model).resolve() == ENCODER:
-        return ENCODER_SHARE * chosen.lr
-    return chosen.lr if chosen.large_lr is None or ships(model) else chosen.large_lr
+    if ships(model) or chosen.large_lr is None:
+        return LR_SHARES.get(Path(model).resolve(), 1.0) * chosen.lr
+    return chosen.large_lr
 
 
 def adapt(model, args: Namespace) -> list:

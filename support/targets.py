@@ -1,4 +1,5 @@
 """Finds the modules of a model that names mean: the targets to adapt, and what trains whole."""
+import re
 from typing import Iterable
 
 import torch
@@ -52,10 +53,16 @@ def own_targets(targets: list[str], linear: Iterable[str],
 
 
 def targets_for(paths: Iterable[str], known: Iterable[str]) -> set[str]:
-    """Shortens `paths` to their last parts, unless these name other known paths too."""
+    """Shortens `paths` to their last parts, unless these name other known paths too.
+
+    A last part such as 0 says little: to_out.0 keeps two.
+    """
+    def leaf(path: str) -> str:
+        return re.search(r"[^.]*(\.\d+)*$", path)[0]
+
     paths = set(paths)
-    leaves = {path.rpartition(".")[2] for path in paths}
-    return leaves if {p for p in known if p.rpartition(".")[2] in leaves} == paths else paths
+    leaves = {leaf(path) for path in paths}
+    return leaves if {p for p in known if leaf(p) in leaves} == paths else paths
 
 
 def find_layers(linear: dict[str, nn.Linear], targets: list[str]) -> dict[nn.Linear, str]:

@@ -88,6 +88,14 @@ def plain(tmp_path_factory):
     return folder_of
 
 
+@pytest.fixture(scope="session")
+def sdxl(tmp_path_factory):
+    """Returns a tiny random folder in the form of SDXL; no test may write there."""
+    pytest.importorskip("diffusers")
+    from tiny_sdxl import make_sdxl  # imports diffusers, which few tests need
+    return make_sdxl(tmp_path_factory.mktemp("sdxl") / "model")
+
+
 @pytest.fixture
 def folder(tmp_path):
     """folder(family, **config) copies a small checkpoint to a place where it can be changed."""

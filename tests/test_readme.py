@@ -94,7 +94,7 @@ def test_the_table_of_methods_has_each_with_the_length_of_its_file(name):
 
 
 def test_every_script_and_picture_that_is_named_exists():
-    patterns = (r"python ([\w/]+\.py)", r"`([\w/]+\.py)`", r"\]\((assets/[\w./]+)\)")
+    patterns = (r"python ([\w/]+\.py)", r"`([\w/]+\.py)`", r"(?:\]\(|src=\")(assets/[\w./]+)")
     text = README + (ROOT / "RESULTS.md").read_text(encoding="utf-8")
     named = [name for pattern in patterns for name in re.findall(pattern, text)]
     assert len(named) > 20

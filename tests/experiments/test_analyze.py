@@ -331,3 +331,23 @@ def test_a_damaged_snapshot_ends_with_one_line(sweep, tmp_path, capsys):
 def test_no_runs_end_with_one_line(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "missing"):
         assert "neither the folder of a finished run" in refused(capsys, str(folder), main=analyze.main)
+
+
+# ---- pictures
+def test_the_pictures_figure_has_a_row_for_each_run_of_task_subject(tmp_path, sweep, capsys):
+    from data import subject
+    assert "pictures: needs runs of task subject" in refused(
+        capsys, str(sweep), "--figures", "pictures", main=analyze.main)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subject, "N", {"valid": 1, "test": 1})
+        for method in ("lora", "dual"):
+            train.main(["--method", method, "--task", "subject", "--steps", "2", "--batch-size",
+                        "2", "--eval-every", "9", "--out", str(tmp_path / method)])
+        analyze.main([str(tmp_path), "--figures", "pictures"])
+    rows = json.loads((tmp_path / "figures" / "pictures.json").read_text())
+    assert [(row["method"], row["rank"], row["seeds"]) for row in rows] == [("lora", 4, 1),
+                                                                          ("dual", 4, 1)]
+    after = json.loads((tmp_path / "dual" / "result.json").read_text())["after"]
+    assert {name: rows[1][name] for name in after} == after
+    image = Image.open(tmp_path / "figures" / "pictures.png")
+    assert image.width > image.height > 400

@@ -5,6 +5,7 @@ import torch
 from experiments import contenders, costs
 from experiments.contenders import RANK, TARGETS, llama, one_layer, one_model
 from experiments.profiling import addresses, flops, kept_for_backward, peak_bytes
+from methods import count, inject
 from support.errors import UserError
 
 NAMES = [name for name in ["frozen", *contenders.OURS] if name in costs.MAPPED]
@@ -110,3 +111,21 @@ def test_a_method_without_formulas_is_refused_by_name():
                  lambda: costs.memory(costs.LLAMA_7B, "vera", ["q"], 8, 1000)):
         with pytest.raises(UserError, match="vera: its costs are not mapped"):
             cost()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "dual", "loha", "hira"])
+def test_sdxl(method):
+    """Compares with SDXL's UNet, built without memory for its weights."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=128, block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
+            cross_attention_dim=2048, use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+    assert sum(p.numel() for p in unet.parameters()) == costs.SDXL["unet"]
+    inject(unet, method, ["to_q", "to_k", "to_v", "to_out.0"], RANK)
+    assert count(unet)["trainable"] == costs.sdxl_trainable(method, RANK)
+    assert costs.sdxl_memory("lora", 8)["training"] == 16 * 11_612_160

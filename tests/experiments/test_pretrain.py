@@ -72,7 +72,7 @@ def test_groups_hold_every_sequence_once_with_little_padding():
 
 def test_the_rate_rises_then_falls_to_a_tenth():
     peak = pretrain.PEAK_LR
-    rates = [pretrain.learning_rate(step, 1101) for step in (0, 49, 99, 100, 600, 1100)]
+    rates = [pretrain.learning_rate(step, 1101, peak) for step in (0, 49, 99, 100, 600, 1100)]
     assert rates == pytest.approx([peak / 100, peak / 2, peak, peak, 0.55 * peak, 0.101 * peak],
                                   rel=0.01)
 

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(train.__file__).parent
 FLAGS = ["--steps", "8", "--batch-size", "27", "--max-eval", "30", "--eval-batch-size", "16",
          "--eval-every", "4", "--save-every", "4", "--seed", "3"]
+SUBJECT = ["--method", "dash", "--task", "subject", "--steps", "3", "--batch-size", "6",
+           "--max-eval", "6", "--eval-every", "9"]
 # Three processes start once for all runs of this file, since a start takes seconds.
 DRIVER = f"""
 import pathlib, shutil, sys
@@ -29,6 +31,7 @@ from support import processes
 for method in {list(METHODS)!r}:
     train.main(["--method", method, "--out", method, *{FLAGS!r}])
 train.main(["--method", "lora", "--dropout", "0.2", "--out", "dropout", *{FLAGS!r}])
+train.main([*{SUBJECT!r}, "--out", "subject"])
 train.main(["--method", "full", "--grad-accum", "2", "--out", "accum", *{FLAGS!r}])
 
 def stop(*_): raise KeyboardInterrupt
@@ -84,6 +87,15 @@ def test_three_processes_equal_one_that_accumulates_three_times(method, three, t
     for mine, other in zip(*logs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-6)
         assert mine.get("valid") == pytest.approx(other.get("valid"), abs=1e-6)
+
+
+def test_pictures_train_and_are_scored_in_three_processes_as_in_one(three, tmp_path):
+    train.main([*SUBJECT, "--grad-accum", "3", "--out", str(tmp_path / "one")])
+    one, other = (load_file(folder / "adapter.safetensors")
+                  for folder in (tmp_path / "one", three / "subject"))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-5) for name in one)
+    ours, theirs = (result_of(folder)["after"] for folder in (tmp_path / "one", three / "subject"))
+    assert theirs == pytest.approx(ours, abs=0.01)
 
 
 def test_micro_batches_of_processes_are_slices_of_one_batch(three, tmp_path):
