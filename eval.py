@@ -96,7 +96,8 @@ def draw_answer(model, words, prompt: str, run: str | None) -> Path:
     if run:
         load_adapters(run, model)
         rows["after"] = draw(model, words, prompt)
-    path = Path(run or ".", re.sub(r"\W+", "-", prompt).strip("-") + ".png")
+    name = re.sub(r"\W+", "-", prompt).strip("-")[:80] or "empty"
+    path = Path(run or ".", f"prompt-{name}.png")
     save_sheet(path, rows, [prompt])
     return path
 

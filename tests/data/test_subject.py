@@ -169,7 +169,11 @@ def test_a_run_draws_learns_goes_on_and_shows(small, capsys):
     assert Path("run/pictures.png").read_bytes() == first
     evaluation.main(["--run", "run", "--prompt", "zib cat on the beach"])
     path = Path(capsys.readouterr().out.splitlines()[-1])
-    assert path == Path("run/zib-cat-on-the-beach.png") and path.read_bytes()[:4] == b"\x89PNG"
+    assert path == Path("run/prompt-zib-cat-on-the-beach.png") and path.read_bytes()[:4] == b"\x89PNG"
+    for prompt, name in (("", "empty"), ("the cat " + "in the " * 60, "the-cat-in-the")):
+        evaluation.main(["--run", "run", "--prompt", prompt])
+        path = Path(capsys.readouterr().out.splitlines()[-1])
+        assert path.exists() and path.name.startswith(f"prompt-{name}") and len(path.name) < 90
     assert "knows no word 'cut'; did you mean cat" in refused(
         capsys, "--run", "run", "--prompt", "zib cut", main=evaluation.main)
 
