@@ -225,8 +225,8 @@ class Subject(Task):
 
     def fingerprint(self) -> str:
         shots = self.train, self.valid, self.test, self.prior_shots
-        for shot in itertools.chain(*shots):
-            self.setup.tokenizer.encode(shot.caption)       # raises for an unknown word
+        captions = [shot.caption for shot in itertools.chain(*shots, self.shown)]
+        self.setup.tokenizer.batch(captions, self.setup.config.caption)     # raises if one is unfit
         return hashlib.sha256(repr((self.notes, shots)).encode()).hexdigest()
 
 

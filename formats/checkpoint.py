@@ -26,6 +26,7 @@ from formats.decoders import describe_cap, one_or_all
 from formats.huggingface import (SMALL, TEXTS, by_full_name, from_file, is_conv1d, make_config_json,
                                  map_names, parse_config, read_model_config, to_file)
 from formats.json_files import read_json
+from formats.pictures import Words
 from formats.sdxl import INDEX, SDXL, load_sdxl, save_sdxl
 from formats.tensors import DTYPES, Stored, few_names
 from formats.tokenizer import load_tokenizer
@@ -71,7 +72,10 @@ def load_pretrained(path_or_repo: str | Path, dtype: torch.dtype | None = None,
                 say_once(f"{path_or_repo}: the tokenizer ends a text with {tokenizer.eos}, the "
                          f"model's config with {one_or_all(config.eos)}: any of them ends one here")
             config.eos.append(tokenizer.eos)
-    if isinstance(config, PictureConfig) and tokenizer is not None:
+    if isinstance(config, PictureConfig) != isinstance(tokenizer, Words) and tokenizer is not None:
+        raise UserError(f"{folder}: words.txt belongs to a model that draws pictures, and no other "
+                        "tokenizer does")
+    if isinstance(tokenizer, Words):
         tokenizer.check_number(config.n_words, folder)
     tensors = by_full_name(folder, config)
     model = empty_model(config, folder, tensors)

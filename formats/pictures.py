@@ -31,6 +31,8 @@ def parse_config(raw: dict) -> PictureConfig:
     for name, parts in (("d_model", "n_heads"), ("side", "patch")):
         if sizes[name] % sizes[parts]:
             raise UserError(f"{parts} {sizes[parts]} does not divide {name} {sizes[name]}")
+    if sizes["d_model"] % 2:
+        raise UserError(f"d_model {sizes['d_model']}: must be even, for cos and sin of the time")
     return PictureConfig(**sizes)
 
 

@@ -1,8 +1,10 @@
 """The files of a picture model: what comes back, and what is refused in one line."""
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import BASE
 
 from diffusion import PictureConfig, PictureModel
 from formats.checkpoint import load_pretrained, save_pretrained
@@ -50,6 +52,7 @@ def tiny_again():
 @pytest.mark.parametrize("change, told", [
     (dict(n_heads=3), "n_heads 3 does not divide d_model 8"),
     (dict(patch=3), "patch 3 does not divide side 8"),
+    (dict(d_model=9, n_heads=3), "d_model 9: must be even"),
     (dict(d_ff="12"), "d_ff must be a whole number"),
     (dict(n_layers=3), "config.json says 3 layers, the tensors are of 2"),
     (dict(caption=5), "places.weight has the shape"),
@@ -60,6 +63,18 @@ def test_a_config_that_does_not_fit_is_refused_by_name(saved, change, told):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=told):
         load_pretrained(saved)
+
+
+def test_a_model_and_a_tokenizer_of_two_kinds_are_refused(saved, tmp_path):
+    shutil.copy(BASE / "base.tiktoken", saved)
+    (saved / "words.txt").rename(tmp_path / "words.txt")
+    with pytest.raises(UserError, match="words.txt belongs to a model that draws"):
+        load_pretrained(saved)
+    shutil.copytree(BASE, tmp_path / "text")
+    (tmp_path / "text" / "base.tiktoken").unlink()
+    shutil.copy(tmp_path / "words.txt", tmp_path / "text")
+    with pytest.raises(UserError, match="words.txt belongs to a model that draws"):
+        load_pretrained(tmp_path / "text")
 
 
 def test_words_are_each_there_once(tmp_path):
