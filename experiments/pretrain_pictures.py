@@ -7,6 +7,7 @@ alone. Optimizer and schedule are those of experiments/pretrain.py, at another p
 out each part of a scene with probability .1, so that "cat at night" means any cat. A tenth of them
 is empty, for guidance. The words of data.pictures.SUBJECTS have embeddings, but are never read.
 """
+import itertools
 import random
 from copy import deepcopy
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.likeness import attributes, read_scene
-from data.pictures import PARTS, VOCABULARY, caption, draw, random_scene
+from data.pictures import PARTS, VOCABULARY, Scene, caption, draw, random_scene
 from data.subject import draw_captions
 from diffusion import PictureConfig, PictureModel, flow_loss
 from experiments.pretrain import parse_flags, train
@@ -31,26 +32,35 @@ UNSAID, EMPTY = 0.1, 0.1    # shares of the parts that a caption leaves out, and
 EVERY, HELD_OUT = 1500, 200  # steps between two reports, and prompts of a report
 
 
+def scenes_of_step(seed: int, step: int) -> tuple[list[Scene], list[str]]:
+    """Makes the scenes of one step, and a caption for each."""
+    rng = random.Random(f"pictures-{seed}-{step}")
+    scenes = [random_scene(rng) for _ in range(PICTURES)]
+    said = [caption(scene, [part for part in PARTS if rng.random() > UNSAID])
+            if rng.random() > EMPTY else "" for scene in scenes]
+    return scenes, said
+
+
 def batch_of_step(words: Words, length: int, seed: int, step: int) -> tuple[Tensor, ...]:
     """Draws the scenes of one step, the arguments of flow_loss() after the model.
 
     Returns pictures (B, 3, S, S) in [-1, 1], captions (B, length), times (B,) and noise.
     """
-    rng, generator = random.Random(f"pictures-{seed}-{step}"), torch.Generator()
-    generator.manual_seed(seed * 1_000_003 + step)
-    scenes = [random_scene(rng) for _ in range(PICTURES)]
-    said = [caption(scene, [part for part in PARTS if rng.random() > UNSAID])
-            if rng.random() > EMPTY else "" for scene in scenes]
+    scenes, said = scenes_of_step(seed, step)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
     pictures = 2 * draw(scenes) - 1
     t = torch.randn(PICTURES, generator=generator).sigmoid()        # most are near the middle
     noise = torch.randn(pictures.shape, generator=generator)
     return pictures, words.batch(said, length), t, noise
 
 
-def report_scores(model: PictureModel, words: Words, n: int = HELD_OUT) -> dict[str, float]:
-    """Draws n new captions; returns the share of pictures that show each part as it was said."""
+def report_scores(model: PictureModel, words: Words, seen: set[str] = frozenset(),
+                  n: int = HELD_OUT) -> dict[str, float]:
+    """Draws n captions that are not in `seen`; returns the share of pictures with each part right.
+    """
     rng, generator = random.Random("pictures-report"), torch.Generator().manual_seed(0)
-    scenes = [random_scene(rng) for _ in range(n)]
+    scenes = list(itertools.islice((scene for scene in iter(lambda: random_scene(rng), None)
+                                    if caption(scene) not in seen), n))
     c = model.config
     noise = torch.randn(n, 3, c.side, c.side, generator=generator)
     drawn = draw_captions(model, words, list(map(caption, scenes)), noise)
@@ -77,8 +87,9 @@ def main(argv: list[str] | None = None) -> None:
         loss.backward()
         return loss.item()
 
+    seen = {text for step in range(args.steps) for text in scenes_of_step(args.seed, step)[1]}
     recipe = config, VOCABULARY, PICTURES, PEAK_LR, UNSAID, EMPTY
-    train(model, args, recipe, add_gradients, lambda: report_scores(model, words),
+    train(model, args, recipe, add_gradients, lambda: report_scores(model, words, seen),
           lambda: save_base(model, words, args.out), PEAK_LR, EVERY)
 
 

@@ -169,7 +169,7 @@ def test_a_sweep_whose_validation_covers_other_sets_than_its_test_is_compared(ta
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [*(name for name in TASKS if "/" not in name and
-                                    name not in ("facts", "commonsense", "e2e"))])
+                                    name not in ("facts", "commonsense", "e2e", "dreambooth"))])
 def test_a_sweep_of_every_task_that_needs_no_public_files_is_compared_and_drawn(task, capsys):
     flags = ["--task", task, "--skip-before", *SHORT]
     if task in ("text", "jsonl"):

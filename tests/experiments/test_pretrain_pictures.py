@@ -38,10 +38,21 @@ def test_a_tenth_of_the_captions_is_empty_and_the_others_leave_parts_out():
     assert not said.keys() & SUBJECTS.keys()
 
 
+def test_the_report_asks_for_no_caption_that_was_trained_on(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ours, "draw_captions", lambda model, words, captions, noise: (
+        asked.append(captions) or torch.zeros(len(captions), 3, 32, 32)))
+    model = PictureModel(PictureConfig(n_words=len(VOCABULARY) + 1, d_model=16, n_layers=1,
+                                       n_heads=2, d_ff=24))
+    ours.report_scores(model, WORDS, n=2)
+    ours.report_scores(model, WORDS, {asked[0][0]}, n=1)
+    assert asked[1] == [asked[0][1]]
+
+
 def test_the_report_has_a_share_for_every_part(monkeypatch):
     model = PictureModel(PictureConfig(n_words=len(VOCABULARY) + 1, d_model=16, n_layers=1,
                                        n_heads=2, d_ff=24)).init_weights()
-    scores = ours.report_scores(model, WORDS, 3)
+    scores = ours.report_scores(model, WORDS, n=3)
     assert list(scores) == ["kind", *PARTS] and all(0 <= share <= 1 for share in scores.values())
 
 
@@ -87,7 +98,7 @@ def test_the_model_that_ships_knows_the_world_s_words_and_no_subject(shipped):
 
 @pytest.mark.slow
 def test_the_model_that_ships_draws_what_is_said(shipped):
-    scores = ours.report_scores(*shipped, 40)
+    scores = ours.report_scores(*shipped, n=40)
     assert scores["kind"] >= 0.95 and scores["fur"] >= 0.95 and scores["place"] >= 0.95
     assert scores["pattern"] >= 0.9 and min(scores["hat"], scores["neck"]) >= 0.85
 
