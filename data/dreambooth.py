@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from data.sheets import save_sheet
-from data.task import Scores, Setup, Task, device_of, scoring
+from data.task import PictureTask, Scores, Setup, device_of, scoring
 from support.errors import UserError, require
 from support.files import open_regular
 from support.processes import is_main, joined, process_count, process_number
@@ -104,20 +104,14 @@ def draw_one(model, tokenizer, caption: str) -> Tensor:
         return model.draw(caption)
 
 
-class DreamBooth(Task):
-    """Trains on photos; loss sums noise_loss() over examples, and size is their number.
-
-    Raises UserError for --loss-on: no token is trained.
-    """
-    loss_on = "pictures"
+class DreamBooth(PictureTask):
+    """Trains on photos; loss sums noise_loss() over examples."""
     meaning = {"loss": "mean squared error on the photos, at noises that do not train"}
 
     def __init__(self, photos: Tensor, ids: Tensor, caption: str, setup: Setup):
         super().__init__("dreambooth", **splits(len(photos)), setup=setup._replace(
             batch_size=min(setup.batch_size, BATCH)), defaults={"steps": 500, "batch_size": 4},
             notes={"caption": caption, "photos": len(photos)})
-        if setup.loss_on not in (None, self.loss_on):
-            raise UserError(f"--loss-on {setup.loss_on}: task dreambooth trains on whole pictures")
         self.photos, self.ids, self.caption = photos, ids, caption
         self.look = f"--prompt {shlex.quote(f'{caption} on the beach')}"
         self.noise_loss = torch.compile(noise_loss) if setup.compile else noise_loss
@@ -142,9 +136,6 @@ class DreamBooth(Task):
 
     def loss(self, model, examples: list[Shot]) -> Tensor:
         return self.losses(model, examples).sum()
-
-    def size(self, examples: list[Shot]) -> int:
-        return len(examples)
 
     def score(self, model, examples: list[Shot]) -> Scores:
         if self.given is None:              # in eval.py

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.scoring import by_length
-from data.task import (Example, Scores, Setup, Task, checked_sequence, device_of, encode_prompt,
-                       scoring, shorten)
+from data.task import (Example, Scores, Setup, WholeTask, checked_sequence, device_of,
+                       encode_prompt, scoring, shorten)
 from encoder import EncoderConfig
 from support.errors import UserError
 from support.processes import joined
@@ -116,13 +116,9 @@ def label_loss(logits: Tensor, examples: list[Labelled]) -> Tensor:
     return total
 
 
-class HeadTask(Task):
-    """Trains and scores a head for labels; `labels` names its outputs.
-
-    loss is a sum over examples, and size their number. Raises UserError for --loss-on: no token is
-    trained.
-    """
-    loss_on = "labels"
+class HeadTask(WholeTask):
+    """Trains and scores a head for labels; `labels` names its outputs."""
+    loss_on, trains = "labels", "a head on labels"
     look = "--predictions FILE"
 
     def __init__(self, name: str, train: list[Labelled], valid: list[Labelled],
@@ -130,8 +126,6 @@ class HeadTask(Task):
                  notes: dict | None = None):
         super().__init__(name, train, valid, test, setup, defaults,
                          {"labels": list(labels)} | (notes or {}))
-        if setup.loss_on not in (None, self.loss_on):
-            raise UserError(f"--loss-on {setup.loss_on}: task {name} trains a head on labels")
         self.labels, self.known = labels, {}
         names = getattr(setup.config, "labels", [])
         self.order = order_of(labels, names) or list(range(len(labels)))
@@ -151,9 +145,6 @@ class HeadTask(Task):
     def loss(self, model, examples: list[Labelled]) -> Tensor:
         logits = self.classify(model, *self.batch(model, examples))[:, self.order]
         return label_loss(logits, examples)
-
-    def size(self, examples: list[Labelled]) -> int:
-        return len(examples)
 
     def outputs(self, model, examples: list[Labelled]) -> list[list[float]]:
         """Returns each example's own outputs; several processes share the work."""

@@ -23,7 +23,7 @@ from data.brush import SIDE
 from data.likeness import attributes, likeness, read_place, read_scene
 from data.pictures import SUBJECTS, Scene, caption, draw, jitter, random_scene
 from data.sheets import save_sheet
-from data.task import Scores, Setup, Task, device_of, scoring
+from data.task import PictureTask, Scores, Setup, device_of, scoring
 from diffusion import flow_loss, sample
 from formats.pictures import Words
 from support.errors import UserError, nearest, require
@@ -59,12 +59,9 @@ def splits(word: str) -> dict[str, list[Shot]]:
     def placed(place: str) -> Scene:
         return subject._replace(place=place, **jitter(rng))
 
-    def named(scene: Scene) -> str:
-        return f"{word} {caption(scene, ['place'])}"
-
     given = [placed(place) for place in SEEN]
-    train = [Shot(named(given[i % 4]), given[i % 4], "subject", i, (i + i // PRIOR) % PRIOR)
-             for i in range(NOISES)]
+    train = [Shot(named(word, given[i % 4]), given[i % 4], "subject", i,
+                  (i + i // PRIOR) % PRIOR) for i in range(NOISES)]
     held_out = {}
     for first_noise, (split, n) in zip((VALID_NOISE, TEST_NOISE), N.items()):
         shots = []
@@ -72,10 +69,16 @@ def splits(word: str) -> dict[str, list[Shot]]:
             place = UNSEEN[i % len(UNSEEN)]
             own, other = placed(place), random_scene(rng)
             same_kind = random_scene(rng, kind=subject.kind, place=place)
-            shots += [Shot(named(own), own, "subject", 0), Shot(caption(other), other, "kept", 0),
+            shots += [Shot(named(word, own), own, "subject", 0),
+                      Shot(caption(other), other, "kept", 0),
                       Shot(caption(same_kind, ["place"]), same_kind, "leak", 0)]
         held_out[split] = [shot._replace(noise=first_noise + i) for i, shot in enumerate(shots)]
     return {"train": train, **held_out}
+
+
+def named(word: str, scene: Scene) -> str:
+    """Says where the subject is, by its word: "zib cat on the beach"."""
+    return f"{word} {caption(scene, ['place'])}"
 
 
 def noise_of(shots: list[Shot]) -> tuple[Tensor, Tensor]:
@@ -110,13 +113,11 @@ def draw_four(model, words: Words, caption: str) -> Tensor:
     return draw_captions(model, words, [caption] * 4, noise)
 
 
-class Subject(Task):
+class Subject(PictureTask):
     """Trains on the four pictures; scores pictures by fitting our renderer (data/likeness.py).
 
-    loss is a sum over pictures of the subject, each with its prior picture, and size their number.
-    Raises UserError for --loss-on: no token is trained.
+    An example is a picture of the subject, with its prior picture.
     """
-    loss_on = "pictures"
     look = '--prompt "{word} {kind} on the beach"'
     meaning = {
         "score": "mean of parts, place, kept and 1 - leak",
@@ -130,17 +131,15 @@ class Subject(Task):
         subject = SUBJECTS[word]
         super().__init__("subject", **splits(word), setup=setup,
                          defaults={"steps": 150, "batch_size": 8}, notes={"subject": word})
-        if setup.loss_on not in (None, self.loss_on):
-            raise UserError(f"--loss-on {setup.loss_on}: task subject trains on whole pictures")
-        self.word, self.subject = word, subject
+        self.subject = subject
         self.look = self.look.format(word=word, kind=subject.kind)
         self.flow_loss = torch.compile(flow_loss) if setup.compile else flow_loss
         rng = random.Random(f"prior {word}")
         self.prior_shots = [Shot(caption(scene), scene, "prior", PRIOR_NOISE + i)
                             for i, scene in enumerate(random_scene(rng) for _ in range(PRIOR))]
         other = random_scene(rng, place="meadow")
-        told = [*(f"{word} {caption(subject._replace(place=place), ['place'])}"
-                  for place in (*SEEN, *UNSEEN)), f"{subject.kind} at night", caption(other)]
+        told = [*(named(word, subject._replace(place=place)) for place in (*SEEN, *UNSEEN)),
+                f"{subject.kind} at night", caption(other)]
         self.shown = [Shot(text, subject, "shown", SHOWN_NOISE + i) for i, text in enumerate(told)]
         self.prior = self.before = None         # pictures that the base draws: see begin()
 
@@ -169,9 +168,6 @@ class Subject(Task):
         words = self.setup.tokenizer.batch(captions, self.setup.config.caption)
         return self.flow_loss(model, *(part.to(device_of(model)) for part in (
             pictures, words, t, noise))).sum()
-
-    def size(self, examples: list[Shot]) -> int:
-        return len(examples)
 
     def score(self, model, examples: list[Shot]) -> Scores:
         own = list(range(len(examples)))[process_number()::process_count()]

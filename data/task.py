@@ -134,6 +134,27 @@ class Task:
         return summed([total], device_of(model))[0] / self.size(examples)
 
 
+class WholeTask(Task):
+    """Trains on whole examples, not on tokens: loss is a sum over examples, and size their number.
+
+    `trains` says on what, in the error for --loss-on: there are no tokens to choose from.
+    """
+    trains = "whole examples"
+
+    def __init__(self, name: str, *args, **more):
+        super().__init__(name, *args, **more)
+        if self.setup.loss_on not in (None, self.loss_on):
+            raise UserError(f"--loss-on {self.setup.loss_on}: task {name} trains {self.trains}")
+
+    def size(self, examples: list) -> int:
+        return len(examples)
+
+
+class PictureTask(WholeTask):
+    """Names what tasks that draw train on."""
+    loss_on, trains = "pictures", "on whole pictures"
+
+
 class TextTask(Task):
     """Trains on examples of prompt and target, or on plain text as Sequences.
 

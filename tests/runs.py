@@ -41,3 +41,29 @@ def refused(capsys, *flags: str, main=train.main) -> str:
 def setup_of(model=None, tokenizer=None, max_length=256, **more) -> Setup:
     """Makes the Setup of a task; a test that scores nothing needs no model."""
     return Setup(tokenizer, model and model.config, max_length, **more)
+
+
+def train_until(done: int, flags: list[str]) -> None:
+    """Runs train.py and stops it, as Ctrl-C does, after `done` steps."""
+    real = train.after_step
+
+    def stop(now, *args):
+        real(now, *args)
+        if now == done:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train, "after_step", stop)
+        train.main(flags)
+
+
+def interrupt(monkeypatch, module, name: str, at: int) -> list[tuple]:
+    """Ends the at-th call of a function as Ctrl-C does; returns the list of all calls' arguments."""
+    real, calls = getattr(module, name), []
+
+    def stops(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(module, name, stops)
+    return calls

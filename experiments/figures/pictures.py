@@ -10,7 +10,7 @@ from data.subject import SEEN
 from data.task import Setup
 from experiments.learnt import Lacking, Sweep, end_of, pretrained, trained
 from experiments.plots import LABELS, plt
-from formats.checkpoint import load_pretrained
+from formats.tokenizer import load_tokenizer
 
 
 def draw_pictures(sweep: Sweep):
@@ -21,8 +21,7 @@ def draw_pictures(sweep: Sweep):
     first = sweep.runs[0]
     if first.args.task != "subject":
         raise Lacking("needs runs of task subject")
-    words = load_pretrained(first.args.model)[1]
-    base = pretrained(first)
+    words, base = load_tokenizer(first.args.model), pretrained(first)
     task = load_task("subject", Setup(words, base.config, 0), subject=first.args.subject)
     rows = {"the four\npictures": draw([shot.scene for shot in task.train[:len(SEEN)]]),
             "before": task.pictures(base, task.shown)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from runs import assert_eval_repeats, refused, result_of, setup_of
+from runs import assert_eval_repeats, refused, result_of, setup_of, train_until
 from safetensors.torch import load_file
 
 import convert
@@ -197,19 +197,10 @@ def test_a_run_learns_draws_and_gives_its_adapters_to_diffusers(flags, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(flags, monkeypatch, method):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(flags, method):
     flags = ["--method", method, *flags, "--skip-before", "--eval-every", "9"]
     train.main([*flags, "--out", "whole"])
-    real = train.after_step
-
-    def stop(done, *args):
-        real(done, *args)
-        if done == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "after_step", stop)
-    with pytest.raises(SystemExit):
-        train.main([*flags, "--out", "run"])
-    monkeypatch.setattr(train, "after_step", real)
+    train_until(2, [*flags, "--out", "run"])
     train.main([*flags, "--out", "run", "--resume"])
     assert difference("whole", "run") == 0
     assert result_of("run")["after"] == result_of("whole")["after"]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import refused, result_of, setup_of
+from runs import refused, result_of, setup_of, train_until
 
 import eval as evaluation
 import train
 from data import load_task, subject
 from data.pictures import KINDS, SUBJECTS, VOCABULARY, draw, jitter
-from data.subject import N, PRIOR, SEEN, UNSEEN, noise_of, splits
+from data.subject import PRIOR, SEEN, UNSEEN, N, noise_of, splits
 from diffusion import PictureConfig, PictureModel, flow_loss
 from formats.checkpoint import save_pretrained
 from formats.pictures import Words, save_words
@@ -179,20 +179,11 @@ def test_a_run_draws_learns_goes_on_and_shows(small, capsys):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(small, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(small):
     flags = ["--method", "adalora", *small, "--save-every", "2"]
     train.main(flags)
     whole = result_of("run")["after"]
-    real = train.after_step
-
-    def stop(done, *args):
-        real(done, *args)
-        if done == 2:
-            raise KeyboardInterrupt
-    monkeypatch.setattr(train, "after_step", stop)
     again = [*flags[:-3], "second", *flags[-2:]]
-    with pytest.raises(SystemExit):
-        train.main(again)
-    monkeypatch.setattr(train, "after_step", real)
+    train_until(2, again)
     train.main([*again, "--resume"])
     assert result_of("second")["after"] == whole

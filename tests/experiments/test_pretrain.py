@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import BASE
+from runs import interrupt
 
 from data.pretraining_text import FIRST_MIX, MIX, documents
 from data.task import Scores, Sequence, collate
@@ -157,15 +158,7 @@ def test_a_stopped_run_goes_on_to_the_same_base(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "report_scores", lambda *_: {})
     flags = ["--steps", "4", "--seed", "3", "--out"]
     pretrain.main([*flags, str(tmp_path / "whole")])
-    real, calls = pretrain.text_of_step, []
-
-    def stops(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(pretrain, "text_of_step", stops)
+    calls = interrupt(monkeypatch, pretrain, "text_of_step", 4)
     with pytest.raises(SystemExit):
         pretrain.main([*flags, str(tmp_path / "stopped")])
     assert not (tmp_path / "stopped" / "model.safetensors").exists()

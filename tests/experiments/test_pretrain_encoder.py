@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import BASE
+from runs import interrupt
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
@@ -144,20 +145,12 @@ def test_a_stopped_run_goes_on_to_the_same_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "EVERY", 2)
     monkeypatch.setattr(ours, "report_scores", lambda *_: {})
     ours.main(["--steps", "4", "--out", str(tmp_path / "whole")])
-    real, calls = ours.rows_of_step, []
-
-    def stops(*args):
-        calls.append(args[-1])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(ours, "rows_of_step", stops)
+    calls = interrupt(monkeypatch, ours, "rows_of_step", 4)
     with pytest.raises(SystemExit):
         ours.main(["--steps", "4", "--out", str(tmp_path / "stopped")])
     assert not (tmp_path / "stopped" / "model.safetensors").exists()
     ours.main(["--steps", "4", "--out", str(tmp_path / "stopped")])
-    assert calls == [0, 1, 2, 3, 2, 3]
+    assert [args[-1] for args in calls] == [0, 1, 2, 3, 2, 3]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     model, tokenizer = load_pretrained(tmp_path / "whole")

@@ -4,6 +4,7 @@ from collections import Counter
 import pytest
 import torch
 from PIL import Image
+from runs import interrupt
 from safetensors.torch import load_file
 
 from data import PICTURES
@@ -61,19 +62,11 @@ def test_a_stopped_run_goes_on_to_the_same_model(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "EVERY", 2)
     monkeypatch.setattr(ours, "report_scores", lambda *_: {})
     ours.main(["--steps", "4", "--out", str(tmp_path / "whole")])
-    real, calls = ours.batch_of_step, []
-
-    def stops(*args):
-        calls.append(args[-1])
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(ours, "batch_of_step", stops)
+    calls = interrupt(monkeypatch, ours, "batch_of_step", 4)
     with pytest.raises(SystemExit):
         ours.main(["--steps", "4", "--out", str(tmp_path / "stopped")])
     ours.main(["--steps", "4", "--out", str(tmp_path / "stopped")])
-    assert calls == [0, 1, 2, 3, 2, 3]
+    assert [args[-1] for args in calls] == [0, 1, 2, 3, 2, 3]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert all(tensor.dtype == torch.float16 for tensor in one.values())
